@@ -1,0 +1,1 @@
+#include "guest_mem.h"

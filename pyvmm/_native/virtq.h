@@ -1,0 +1,84 @@
+/* Device side of a split virtqueue (virtio 1.2, section 2.7).
+ *
+ * Everything in the rings is written by a hostile guest: each field is read once into a local,
+ * checked against guest memory, and each chain is bounded by the queue size.
+ *
+ *   pop ... pop   take chains that the driver made available
+ *   push ... push fill used entries, invisible to the driver yet
+ *   publish       make them visible at once and say whether the driver wants an interrupt
+ *
+ * One thread at a time may use a queue. */
+#ifndef PYVMM_VIRTQ_H
+#define PYVMM_VIRTQ_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "guest_mem.h"
+
+/* What the driver configured; gpa values are guest-physical addresses. */
+struct virtq_config {
+    uint64_t desc_gpa;
+    uint64_t avail_gpa;
+    uint64_t used_gpa;
+    uint16_t size;
+    bool event_idx; /* VIRTIO_F_EVENT_IDX negotiated */
+    bool indirect;  /* VIRTIO_F_INDIRECT_DESC negotiated */
+};
+
+struct virtq {
+    const struct guest_mem *mem;
+    const void *desc; /* struct vring_desc[size] in guest memory */
+    void *avail;      /* struct vring_avail in guest memory */
+    void *used;       /* struct vring_used in guest memory */
+    uint16_t size;
+    bool event_idx;
+    bool indirect;
+    bool broken;             /* the ring can no longer be followed; only a reset helps */
+    uint16_t next_avail;     /* free-running index of the next available entry to take */
+    uint16_t next_used;      /* free-running index of the next used entry to fill */
+    uint16_t published_used; /* used->idx as the driver sees it */
+    uint64_t chains;         /* chains popped since init */
+    uint64_t malformed;      /* chains returned with length 0, or dropped, without being popped */
+};
+
+/* A popped chain: iov[0 .. readable) are device-readable, the `writable` entries after them are
+ * device-writable. All of them lie in guest memory. */
+struct virtq_chain {
+    uint16_t head;
+    uint16_t readable;
+    uint16_t writable;
+    uint32_t readable_bytes;
+    uint32_t writable_bytes;
+    struct iovec *iov; /* caller's storage, at least `size` entries of the queue */
+};
+
+enum virtq_result {
+    VIRTQ_BROKEN = -1,
+    VIRTQ_EMPTY = 0,
+    VIRTQ_CHAIN = 1,
+};
+
+/* 0, or -EINVAL when size is not a power of two up to 32768, an address is misaligned, or a ring
+ * is not wholly in guest memory. */
+int virtq_init(struct virtq *vq, const struct guest_mem *mem, const struct virtq_config *config);
+
+/* Takes the next available chain. A malformed chain (descriptor outside guest memory, loop,
+ * longer than the queue, nested or misplaced indirect table, readable after writable, more than
+ * 2^32-1 bytes) is pushed with length 0 and skipped; a head outside the table is dropped. */
+enum virtq_result virtq_pop(struct virtq *vq, struct virtq_chain *chain);
+
+/* Fills the used entry of `head`: `written` bytes of its device-writable part were written. */
+void virtq_push(struct virtq *vq, uint16_t head, uint32_t written);
+
+/* Makes all pushed entries visible. True when the driver wants an interrupt for them. */
+bool virtq_publish(struct virtq *vq);
+
+/* Asks the driver not to notify (a hint: notifications may still come). */
+void virtq_disable_notify(struct virtq *vq);
+
+/* Asks for a notification of the next chain. True when chains came in meanwhile: pop again. */
+bool virtq_enable_notify(struct virtq *vq);
+
+#endif
