@@ -36,6 +36,7 @@ struct virtq {
     bool event_idx;
     bool indirect;
     bool broken;             /* the ring can no longer be followed; only a reset helps */
+    uint16_t avail_idx;      /* avail->idx as last read: entries before it may be taken */
     uint16_t next_avail;     /* free-running index of the next available entry to take */
     uint16_t next_used;      /* free-running index of the next used entry to fill */
     uint16_t published_used; /* used->idx as the driver sees it */
@@ -44,7 +45,8 @@ struct virtq {
 };
 
 /* A popped chain: iov[0 .. readable) are device-readable, the `writable` entries after them are
- * device-writable. All of them lie in guest memory. */
+ * device-writable. All of them lie in guest memory and none is empty: descriptors of length 0
+ * are left out. */
 struct virtq_chain {
     uint16_t head;
     uint16_t readable;
@@ -66,7 +68,13 @@ int virtq_init(struct virtq *vq, const struct guest_mem *mem, const struct virtq
 
 /* Takes the next available chain. A malformed chain (descriptor outside guest memory, loop,
  * longer than the queue, nested or misplaced indirect table, readable after writable, more than
- * 2^32-1 bytes) is pushed with length 0 and skipped; a head outside the table is dropped. */
+ * 2^32-1 bytes) is pushed with length 0 and skipped, so publish also after VIRTQ_EMPTY; a head
+ * outside the table is dropped.
+ *
+ * At most `size` chains are taken and not yet published, else the queue breaks. A hostile driver
+ * may make one head available twice, so a device keeps its state by its own slots (`size` of
+ * them are enough), not by head. A dropped head is never returned and keeps its place in that
+ * count. */
 enum virtq_result virtq_pop(struct virtq *vq, struct virtq_chain *chain);
 
 /* Fills the used entry of `head`: `written` bytes of its device-writable part were written. */
@@ -78,7 +86,8 @@ bool virtq_publish(struct virtq *vq);
 /* Asks the driver not to notify (a hint: notifications may still come). */
 void virtq_disable_notify(struct virtq *vq);
 
-/* Asks for a notification of the next chain. True when chains came in meanwhile: pop again. */
+/* Asks for a notification of the next chain. True when chains came in meanwhile: pop again.
+ * Never true once the queue is broken. */
 bool virtq_enable_notify(struct virtq *vq);
 
 #endif
