@@ -1,5 +1,12 @@
 /* The interrupt of one virtio-mmio device: its InterruptStatus word and its irqfd
- * (virtio 1.2, section 4.2.2). */
+ * (virtio 1.2, section 4.2.2).
+ *
+ * The word lies in the device's register page, which the guest reads without an exit. The guest's
+ * InterruptACK writes may be coalesced by KVM: they wait in a ring that all devices share until
+ * somebody drains it. Both directions of error are not alike: a bit that stays set too long makes
+ * the driver look at its rings once for nothing, a bit cleared too early loses an interrupt. So an
+ * acknowledgement that may be older than the event being raised is dropped (see virtio_irq_raise;
+ * tests/unit/test_interrupt_model.py explores all interleavings). */
 #ifndef PYVMM_VIRTIO_IRQ_H
 #define PYVMM_VIRTIO_IRQ_H
 
@@ -9,11 +16,11 @@
 #define VIRTIO_IRQ_VRING 1u
 #define VIRTIO_IRQ_CONFIG 2u
 
-struct ack_ring; /* InterruptACK writes that KVM coalesced, see virtio_irq.c */
+struct ack_ring;
 
 struct virtio_irq {
-    uint32_t *status;      /* the InterruptStatus word, shared with the guest's register page */
-    int irqfd;             /* eventfd; -1 in tests without KVM */
+    uint32_t *status;      /* the InterruptStatus word, in the register page */
+    int irqfd;             /* eventfd; -1: nobody to interrupt (tests without KVM) */
     uint64_t ack_gpa;      /* guest-physical address of InterruptACK */
     struct ack_ring *acks; /* NULL: every InterruptACK write exits */
 };
@@ -21,7 +28,15 @@ struct virtio_irq {
 /* Sets `bits` in InterruptStatus and interrupts the guest. Any thread. */
 void virtio_irq_raise(struct virtio_irq *irq, uint32_t bits);
 
-/* The guest wrote `bits` to InterruptACK. */
+/* The guest wrote `bits` to InterruptACK, and the write exited. Any thread. */
 void virtio_irq_ack(struct virtio_irq *irq, uint32_t bits);
+
+/* The coalesced writes of one VM. `ring` is KVM's page (struct kvm_coalesced_mmio_ring), which
+ * must outlive the ack_ring. NULL with errno set on failure. */
+struct ack_ring *ack_ring_create(void *ring);
+void ack_ring_destroy(struct ack_ring *acks);
+
+/* Attaches an irq, which must stay alive until ack_ring_destroy. 0 or -ENOSPC. */
+int ack_ring_attach(struct ack_ring *acks, struct virtio_irq *irq);
 
 #endif
