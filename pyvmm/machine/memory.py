@@ -11,6 +11,7 @@ from pyvmm._core import ffi
 from pyvmm.errors import UsageError
 
 HUGE_PAGE_SIZE = 2 << 20
+MAP_NORESERVE = 0x4000  # asm-generic/mman.h; in Python's mmap module only from 3.13 on
 
 
 class Region(NamedTuple):
@@ -39,7 +40,7 @@ class GuestMemory:
             self._mmap = mmap.mmap(
                 self._fd,
                 size,
-                flags=mmap.MAP_SHARED | (0 if hugepages else mmap.MAP_NORESERVE),
+                flags=mmap.MAP_SHARED | (0 if hugepages else MAP_NORESERVE),
             )
         except OSError as error:
             os.close(self._fd)
