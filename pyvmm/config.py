@@ -1,0 +1,243 @@
+"""What a virtual machine is made of: checked settings from the command line, TOML or Python.
+
+The fields below are the only list of options there is; ``pyvmm run --help``, the keys of a TOML
+file and the arguments of :class:`pyvmm.VM` all come from them. See :mod:`pyvmm.schema`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm.errors import UsageError
+from pyvmm.schema import (
+    MIB,
+    TIB,
+    Boolean,
+    Choice,
+    Integer,
+    Many,
+    One,
+    Path,
+    Record,
+    Seconds,
+    Size,
+    Source,
+    Text,
+    any_of,
+    format_size,
+    setting,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Self
+
+_HUGE_PAGE = 2 * MIB
+
+
+class DiskConfig(Record, implied="path"):
+    """One virtio-blk disk on a raw image or a block device."""
+
+    path: str = setting(Path(), help="a raw image file or block device")
+    readonly: bool = setting(Boolean(), default=False, help="let the guest only read")
+    direct: bool = setting(Boolean(), default=False, help="bypass the host's page cache (O_DIRECT)")
+    cache: str = setting(
+        Choice("writeback", "writethrough"),
+        default="writeback",
+        help="when a write is done: in the cache until the guest flushes, or on the medium",
+    )
+    queues: int = setting(Integer(1, 16), default=1, help="virtqueues, as a rule one per CPU")
+    queue_size: int = setting(
+        Integer(2, 1024, power_of_two=True), default=256, help="descriptors in each virtqueue"
+    )
+    serial: str = setting(
+        Text(longest=20), default="", help="serial number, seen as /dev/disk/by-id/virtio-SERIAL"
+    )
+
+
+class ChardevConfig(Record):
+    """What a serial port or console is connected to on the host.
+
+    ``kind`` is ``stdio`` (this terminal), ``pty`` (a new pseudo-terminal, its name is printed),
+    ``file`` (output only), ``unix`` (a listening socket) or ``none``; ``path`` belongs to ``file``
+    and ``unix``. As text: ``stdio``, ``pty``, ``file:PATH``, ``unix:PATH``, ``none``.
+    """
+
+    metavar = "stdio|pty|file:PATH|unix:PATH|none"
+    kind: str = setting(
+        Choice("stdio", "pty", "file", "unix", "none"), help="what it is connected to"
+    )
+    path: str | None = setting(Path(), default=None, help="path of the file or socket")
+
+    def complete(self, source: Source) -> None:
+        place = f"{source.place}: " if source.place else ""
+        if self.kind in ("file", "unix"):
+            if self.path is None:
+                raise UsageError(f"{place}{self.kind} needs a path: give {self.kind}:PATH")
+        elif self.path is not None:
+            raise UsageError(f"{place}{self.kind} has no path: give {self.kind} alone")
+
+    @classmethod
+    def from_text(cls, text: str, source: Source) -> Self:
+        kind, colon, path = text.partition(":")
+        if kind not in ("stdio", "pty", "file", "unix", "none"):
+            raise UsageError(
+                f"{source.place}={text} is not a character device: "
+                f"give {any_of(cls.metavar.split('|'))}"
+            )
+        return cls.from_table({"kind": kind, "path": path} if colon else {"kind": kind}, source)
+
+    def to_text(self) -> str:
+        return self.kind if self.path is None else f"{self.kind}:{os.path.abspath(self.path)}"
+
+
+_NOWHERE = ChardevConfig(kind="none")
+_STDIO = ChardevConfig(kind="stdio")
+
+
+class VmConfig(Record):
+    """One virtual machine. Sizes are in bytes, times in seconds."""
+
+    kernel: str = setting(
+        Path("host|PATH", words=("host",)),
+        group="boot",
+        help="a Linux kernel (bzImage or vmlinux), or host for the newest in /boot",
+    )
+    initrd: str | None = setting(Path(), default=None, group="boot", help="initial RAM file system")
+    append: str = setting(
+        Text(),
+        default="",
+        group="boot",
+        help="kernel parameters, after those that pyvmm gives (see below)",
+    )
+    boot: str = setting(
+        Choice("auto", "bzimage"),
+        default="auto",
+        group="boot",
+        help="auto unpacks a bzImage on the host, which is faster; bzimage enters its own code",
+    )
+    memory: int = setting(
+        Size(least=32 * MIB, most=64 * TIB, multiple=MIB),
+        default=512 * MIB,
+        group="machine",
+        help="memory of the guest",
+    )
+    cpus: int = setting(Integer(1, 64), default=1, group="machine", help="CPUs of the guest")
+    accel: str = setting(
+        Choice("auto", "kvm", "nested"),
+        default="auto",
+        group="machine",
+        help="kvm uses /dev/kvm, nested a KVM in an emulated AMD-V machine (slow), auto the first "
+        "that can run Linux and says so if that is nested",
+    )
+    hugepages: bool = setting(
+        Boolean(), default=False, group="machine", help="put guest memory on huge pages of 2 MiB"
+    )
+    rng: bool = setting(
+        Boolean(), default=True, group="machine", help="a virtio-rng device fed by the host"
+    )
+    disks: tuple[DiskConfig, ...] = setting(
+        Many(DiskConfig),
+        default=(),
+        group="storage",
+        flag="--disk",
+        help="a disk: /dev/vda, then /dev/vdb and so on",
+    )
+    serial: ChardevConfig = setting(
+        One(ChardevConfig),
+        default=None,
+        group="console",
+        help="the serial port ttyS0; stdio, unless --console has it",
+    )
+    console: ChardevConfig = setting(
+        One(ChardevConfig),
+        default=_NOWHERE,
+        group="console",
+        help="the virtio console hvc0, faster and with window size; none unless given",
+    )
+    reboot: bool = setting(
+        Boolean(),
+        default=True,
+        group="lifecycle",
+        help="start the guest again when it reboots, else end with status 0",
+    )
+    timeout: float | None = setting(
+        Seconds(), default=None, group="lifecycle", help="end with status 124 after that time"
+    )
+
+    def complete(self, source: Source) -> None:
+        name = {key: source.name(each) for key, each in self.settings.items()}
+        if self.serial is None:
+            on_stdio = self.console.kind == "stdio"
+            self.__dict__["serial"] = _NOWHERE if on_stdio else _STDIO
+        if self.serial == self.console and self.serial.kind not in ("none", "pty"):
+            raise UsageError(
+                f"{name['serial']} and {name['console']} are both {self.serial.to_text()}: "
+                "connect one of them to something else or to none"
+            )
+        if self.hugepages and self.memory % _HUGE_PAGE:
+            below = self.memory - self.memory % _HUGE_PAGE
+            raise UsageError(
+                f"{name['memory']}={format_size(self.memory)} is not a multiple of the huge page "
+                f"of 2M: give {format_size(below)} or {format_size(below + _HUGE_PAGE)}, "
+                f"or no {name['hugepages']}"
+            )
+        self._check_disks_differ(name["disks"])
+
+    def _check_disks_differ(self, name: str) -> None:
+        """Two disks on one image would corrupt it; two that only read are fine."""
+        seen: dict[str, DiskConfig] = {}
+        for disk in self.disks:
+            other = seen.setdefault(os.path.abspath(disk.path), disk)
+            if other is not disk and not (disk.readonly and other.readonly):
+                raise UsageError(
+                    f"{name}={disk.path} is given twice: "
+                    "both must have readonly=on for the guest to see it as two disks"
+                )
+
+    def command_line(self) -> str:
+        """The kernel parameters: what makes the machine usable as it is, then ``append``.
+
+        ``console=`` names every console that is connected, the one on stdio last, as Linux makes
+        the last one /dev/console; ``root=`` is the first disk. Either is left out where ``append``
+        speaks of it.
+        """
+        given = self.append.split()
+        words = []
+        if not any(word.startswith("console=") for word in given):
+            names = {"ttyS0": self.serial, "hvc0": self.console}
+            connected = [name for name, to in names.items() if to.kind != "none"]
+            connected.sort(key=lambda name: names[name].kind == "stdio")
+            words += [f"console={name}" for name in connected]
+        if self.disks and not any(word.startswith("root=") for word in given):
+            words += ["root=/dev/vda", "ro" if self.disks[0].readonly else "rw"]
+        return " ".join([*words, self.append.strip()]).strip()
+
+
+def load_toml(path: str) -> dict[str, object]:
+    """The settings in a TOML file, each checked; relative paths start at the file's folder.
+
+    Raises UsageError.
+    """
+    import tomllib
+
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    return VmConfig.read(table, Source(path, folder=os.path.dirname(path)))
+
+
+def from_command_line(options: Mapping[str, object], config_file: str | None = None) -> VmConfig:
+    """A configuration from options (keyed by field name), over those of a TOML file.
+
+    An option replaces the file's value, a list of disks as a whole. Raises UsageError.
+    """
+    settings = load_toml(config_file) if config_file else {}
+    command_line = Source(flags=True)
+    settings.update(VmConfig.read(options, command_line))
+    return VmConfig.from_table(settings, command_line)
