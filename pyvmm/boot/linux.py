@@ -1,0 +1,373 @@
+"""Puts a Linux kernel, its initrd, command line and boot parameters into guest memory.
+
+The guest starts in 64-bit mode, as the 64-bit boot protocol wants it (Linux,
+Documentation/arch/x86/boot.rst): paging on with an identity mapping, flat segments, interrupts off,
+RSI = the zero page (struct boot_params, asm/bootparam.h). A vmlinux is entered in the same state at
+its ELF entry point, to which the kernel's own decompressor would have jumped.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+
+from pyvmm import layout
+from pyvmm.boot.bzimage import HEADER_START, SetupHeader, is_bzimage
+from pyvmm.boot.files import open_file, read_into
+from pyvmm.boot.flat import flat_kernel
+from pyvmm.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import mmap
+    from typing import Literal
+
+    from pyvmm.boot.elf import Segment
+    from pyvmm.boot.memory import GuestMemory
+
+    BootMode = Literal["auto", "bzimage"]
+
+_ELF_MAGIC = b"\x7fELF"
+_HEAD_SIZE = 4096  # of a kernel file: the setup header is in it
+_ENTRY_64 = 0x200  # boot.rst: the 64-bit entry point, from the start of the loaded code
+_HOST_KERNELS = "/boot"
+_MIB = 1 << 20
+
+# A vmlinux comes without a setup header that would tell these (arch/x86/boot/header.S).
+_CMDLINE_SIZE = 2047
+_INITRD_ADDR_MAX = 0x7FFF_FFFF
+_BOOT_PROTOCOL = 0x20F
+
+# Offsets in struct boot_params (asm/bootparam.h).
+_ACPI_RSDP_ADDR = 0x070
+_E820_ENTRIES = 0x1E8
+_VID_MODE = 0x1FA
+_BOOT_FLAG = 0x1FE
+_HEADER_MAGIC = 0x202
+_TYPE_OF_LOADER = 0x210
+_LOADFLAGS = 0x211
+_RAMDISK_IMAGE = 0x218
+_CMD_LINE_PTR = 0x228
+_E820_TABLE = 0x2D0
+_E820_ENTRY_SIZE = 20
+
+_LOADER_UNDEFINED = 0xFF
+_LOADED_HIGH = 1 << 0
+_VID_MODE_NORMAL = 0xFFFF
+_E820_RAM = 1
+_E820_RESERVED = 2
+
+# AMD64 Architecture Programmer's Manual vol. 2: 3.1 (control registers), 4.8 (long-mode
+# descriptors), 5.3 (long-mode page translation).
+_CR0_PE = 1 << 0
+_CR0_ET = 1 << 4
+_CR0_PG = 1 << 31
+_CR4_PAE = 1 << 5
+_EFER_LME = 1 << 8
+_EFER_LMA = 1 << 10
+_PAGE_PRESENT_WRITABLE = 0x03
+_PAGE_LARGE = 0x80
+_LARGE_PAGE_SIZE = 2 << 20
+_GIB = 1 << 30
+
+
+class SegmentRegister:
+    """A flat segment register; the fields are those of struct kvm_segment (asm/kvm.h)."""
+
+    __slots__ = ("base", "db", "dpl", "g", "l", "limit", "present", "s", "selector", "type")
+
+    def __init__(self, *, selector: int, type: int, s: int, db: int, long: int, limit: int) -> None:
+        self.base = 0
+        self.limit = limit  # bytes; the granularity bit follows from it
+        self.selector = selector
+        self.type = type
+        self.present = 1
+        self.dpl = 0
+        self.db = db
+        self.s = s
+        self.l = long
+        self.g = int(limit > 0xF_FFFF)
+
+    def descriptor(self) -> int:
+        """The 8 bytes of its entry in the GDT (AMD64 APM vol. 2, 4.7 and 4.8)."""
+        limit = self.limit >> 12 if self.g else self.limit
+        access = self.type | self.s << 4 | self.dpl << 5 | self.present << 7
+        flags = self.l << 1 | self.db << 2 | self.g << 3
+        return limit & 0xFFFF | access << 40 | limit >> 16 << 48 | flags << 52
+
+
+# boot.rst: selectors __BOOT_CS (0x10), execute/read, and __BOOT_DS (0x18), read/write, both flat.
+_CODE = SegmentRegister(selector=0x10, type=0xB, s=1, db=0, long=1, limit=0xFFFF_FFFF)
+_DATA = SegmentRegister(selector=0x18, type=0x3, s=1, db=1, long=0, limit=0xFFFF_FFFF)
+# VM entry wants a busy 64-bit TSS; nothing uses it before the kernel loads its own.
+_TASK = SegmentRegister(selector=0x20, type=0xB, s=0, db=0, long=0, limit=0xFFFF)
+
+
+class EntryState:
+    """The registers of vCPU 0 at the kernel's entry; general registers not named here are 0.
+
+    ``code`` is for CS, ``data`` for DS, ES, FS, GS and SS, ``task`` for TR; the IDT is empty.
+    """
+
+    __slots__ = (
+        "code",
+        "cr0",
+        "cr3",
+        "cr4",
+        "data",
+        "efer",
+        "gdt_base",
+        "gdt_limit",
+        "rflags",
+        "rip",
+        "rsi",
+        "rsp",
+        "task",
+    )
+
+    def __init__(self, rip: int) -> None:
+        self.rip = rip
+        self.rsi = layout.ZERO_PAGE
+        self.rsp = layout.BOOT_STACK
+        self.rflags = 0x2  # bit 1 is always set; interrupts are off
+        self.cr0 = _CR0_PG | _CR0_ET | _CR0_PE
+        self.cr3 = layout.BOOT_PAGE_TABLES
+        self.cr4 = _CR4_PAE
+        self.efer = _EFER_LMA | _EFER_LME
+        self.code = _CODE
+        self.data = _DATA
+        self.task = _TASK
+        self.gdt_base = layout.BOOT_GDT
+        self.gdt_limit = len(_GDT) - 1
+
+
+_GDT = struct.pack("<6Q", 0, 0, _CODE.descriptor(), _DATA.descriptor(), _TASK.descriptor(), 0)
+
+
+def load_kernel(
+    memory: GuestMemory,
+    kernel_path: str,
+    initrd_path: str | None,
+    command_line: str,
+    *,
+    boot: BootMode = "auto",
+    acpi_rsdp: int | None = None,
+) -> EntryState:
+    """Fills ``memory``, which must be all zero, for a boot and returns how vCPU 0 starts.
+
+    ``kernel_path`` is a bzImage or an ELF vmlinux. With ``boot="auto"`` a bzImage is unpacked here
+    and its vmlinux entered, with ``"bzimage"`` the guest does that itself. ``acpi_rsdp`` is the gpa
+    of the ACPI root pointer, None without ACPI.
+
+    Raises UsageError when a file, the command line or the size of the memory cannot work.
+    """
+    fd = open_file(kernel_path, "kernel")
+    try:
+        file_size = os.fstat(fd).st_size
+        head = os.pread(fd, _HEAD_SIZE, 0).ljust(_HEAD_SIZE, b"\0")
+        setup: SetupHeader | None = None
+        if is_bzimage(head):
+            setup = SetupHeader(head, file_size, kernel_path)
+        elif not head.startswith(_ELF_MAGIC):
+            raise UsageError(
+                f"kernel '{kernel_path}' is neither a Linux bzImage nor an ELF vmlinux"
+            )
+        elif boot == "bzimage":
+            raise UsageError(
+                f"kernel '{kernel_path}' is an ELF file, and --boot=bzimage wants a bzImage"
+            )
+        if setup and boot == "bzimage":
+            entry, start, end = _load_bzimage(memory, fd, setup, kernel_path)
+        else:
+            entry, start, end = _load_vmlinux(memory, fd, setup, file_size, kernel_path)
+    finally:
+        os.close(fd)
+
+    cmdline_size, initrd_addr_max = _CMDLINE_SIZE, _INITRD_ADDR_MAX
+    if setup:
+        cmdline_size, initrd_addr_max = setup.cmdline_size, setup.initrd_addr_max
+    initrd = (0, 0)
+    if initrd_path is not None:
+        initrd = _load_initrd(memory, initrd_path, start, end, initrd_addr_max)
+    _write_command_line(memory, command_line, cmdline_size)
+    memory.write(layout.ZERO_PAGE, _zero_page(setup, initrd, acpi_rsdp, e820_map(memory)))
+    memory.write(layout.BOOT_GDT, _GDT)
+    memory.write(layout.BOOT_PAGE_TABLES, _identity_map(end))
+    return EntryState(entry)
+
+
+def _load_bzimage(
+    memory: GuestMemory, fd: int, setup: SetupHeader, path: str
+) -> tuple[int, int, int]:
+    """Loads the protected-mode code; returns its 64-bit entry point and the range it needs."""
+    start = setup.pref_address
+    end = start + max(setup.init_size, setup.code_size)
+    _check_fits(memory, start, end, path)
+    read_into(fd, memory.view(start, setup.code_size), setup.code_offset, path)
+    return start + _ENTRY_64, start, end
+
+
+def _load_vmlinux(
+    memory: GuestMemory, fd: int, setup: SetupHeader | None, file_size: int, path: str
+) -> tuple[int, int, int]:
+    """Loads the vmlinux in a bzImage or ELF file; returns its entry point and its range."""
+
+    def unpacked() -> tuple[mmap.mmap, int, list[Segment]]:
+        import mmap
+
+        from pyvmm.boot.elf import parse_vmlinux
+
+        if setup:
+            from pyvmm.boot.payload import unpack
+
+            payload = bytearray(setup.payload_size)
+            read_into(fd, memoryview(payload), setup.payload_offset, path)
+            image = unpack(payload, path)
+        else:
+            image = mmap.mmap(fd, file_size, access=mmap.ACCESS_READ)
+        return image, *parse_vmlinux(image, path)
+
+    kernel = flat_kernel(fd, unpacked)
+    try:
+        _check_fits(memory, kernel.start, kernel.end, path)
+        kernel.load(memory)
+    finally:
+        kernel.close()
+    return kernel.entry, kernel.start, kernel.end
+
+
+def _check_fits(memory: GuestMemory, start: int, end: int, path: str) -> None:
+    if start < layout.HIGH_MEMORY_START:
+        raise UsageError(
+            f"kernel '{path}' wants to be loaded at {start:#x}, and the first MiB is taken by boot"
+            " data: link it at 1 MiB or above"
+        )
+    size = memory.ram[0][1]
+    if end > size:
+        raise UsageError(
+            f"the guest has {size // _MIB} MiB of memory below 4 GiB, and kernel '{path}' needs"
+            f" {-(-end // _MIB)} MiB to start: give it more with --memory"
+        )
+
+
+def _load_initrd(
+    memory: GuestMemory, path: str, kernel_start: int, kernel_end: int, addr_max: int
+) -> tuple[int, int]:
+    """Loads the initrd as high as allowed, or else below the kernel; returns its gpa and size."""
+    fd = open_file(path, "initrd")
+    try:
+        size = os.fstat(fd).st_size
+        if size == 0:
+            raise UsageError(f"initrd '{path}' is empty")
+        limit = min(memory.ram[0][1], addr_max + 1)
+        for start, end in ((kernel_end, limit), (layout.HIGH_MEMORY_START, kernel_start)):
+            gpa = (end - size) & -layout.PAGE_SIZE
+            if gpa >= start:
+                read_into(fd, memory.view(gpa, size), 0, path)
+                return gpa, size
+    finally:
+        os.close(fd)
+    raise UsageError(
+        f"initrd '{path}' ({size / _MIB:.1f} MiB) does not fit beside the kernel into"
+        f" {limit // _MIB} MiB of guest memory: give it more with --memory"
+    )
+
+
+def _write_command_line(memory: GuestMemory, command_line: str, limit: int) -> None:
+    data = command_line.encode()
+    if b"\0" in data:
+        raise UsageError("the kernel command line must not contain a NUL character")
+    if len(data) > limit:
+        raise UsageError(
+            f"the kernel command line has {len(data)} bytes, and this kernel takes at most {limit}:"
+            " shorten --append"
+        )
+    memory.write(layout.COMMAND_LINE, data + b"\0")
+
+
+def e820_map(memory: GuestMemory) -> list[tuple[int, int, int]]:
+    """(gpa, size, type) of each area of the guest's memory map, as the BIOS call would tell it."""
+    low_size = memory.ram[0][1]
+    areas = [
+        (0, layout.LOW_RAM_USABLE_END, _E820_RAM),
+        # ACPI and MP tables, where a PC has its BIOS.
+        (
+            layout.LOW_RAM_USABLE_END,
+            layout.HIGH_MEMORY_START - layout.LOW_RAM_USABLE_END,
+            _E820_RESERVED,
+        ),
+        (layout.HIGH_MEMORY_START, low_size - layout.HIGH_MEMORY_START, _E820_RAM),
+    ]
+    areas += [(gpa, size, _E820_RAM) for gpa, size in memory.ram[1:]]
+    return areas
+
+
+def _zero_page(
+    setup: SetupHeader | None,
+    initrd: tuple[int, int],
+    acpi_rsdp: int | None,
+    e820: list[tuple[int, int, int]],
+) -> bytearray:
+    """struct boot_params."""
+    page = bytearray(layout.PAGE_SIZE)
+    if setup:
+        page[HEADER_START : HEADER_START + len(setup.raw)] = setup.raw
+    else:
+        struct.pack_into("<H", page, _BOOT_FLAG, 0xAA55)
+        struct.pack_into("<4sH", page, _HEADER_MAGIC, b"HdrS", _BOOT_PROTOCOL)
+    struct.pack_into("<H", page, _VID_MODE, _VID_MODE_NORMAL)
+    page[_TYPE_OF_LOADER] = _LOADER_UNDEFINED
+    page[_LOADFLAGS] = _LOADED_HIGH
+    struct.pack_into("<II", page, _RAMDISK_IMAGE, *initrd)
+    struct.pack_into("<I", page, _CMD_LINE_PTR, layout.COMMAND_LINE)
+    struct.pack_into("<Q", page, _ACPI_RSDP_ADDR, acpi_rsdp or 0)
+    page[_E820_ENTRIES] = len(e820)
+    for i, area in enumerate(e820):
+        struct.pack_into("<QQI", page, _E820_TABLE + _E820_ENTRY_SIZE * i, *area)
+    return page
+
+
+def _identity_map(end: int) -> bytes:
+    """Page tables for BOOT_PAGE_TABLES that map all up to ``end``, in whole GiB, to itself."""
+    gibs = -(-end // _GIB)
+    pml4 = layout.BOOT_PAGE_TABLES
+    directories = pml4 + 2 * layout.PAGE_SIZE
+    top = array("Q", bytes(2 * layout.PAGE_SIZE))
+    top[0] = pml4 + layout.PAGE_SIZE | _PAGE_PRESENT_WRITABLE
+    for i in range(gibs):
+        top[512 + i] = directories + i * layout.PAGE_SIZE | _PAGE_PRESENT_WRITABLE
+    flags = _PAGE_PRESENT_WRITABLE | _PAGE_LARGE
+    return top.tobytes() + array("Q", range(flags, gibs * _GIB, _LARGE_PAGE_SIZE)).tobytes()
+
+
+def resolve_kernel(kernel: str) -> str:
+    """``kernel`` itself, or for ``"host"`` the path of the newest kernel in /boot.
+
+    Only the kernel: the host's initrd is made for the host's own root file system.
+    Raises UsageError when there is none, or when it may not be read.
+    """
+    if kernel != "host":
+        return kernel
+    try:
+        names = [name for name in os.listdir(_HOST_KERNELS) if name.startswith("vmlinuz-")]
+    except OSError:
+        names = []
+    if not names:
+        raise UsageError(
+            f"there is no kernel {_HOST_KERNELS}/vmlinuz-*: give --kernel the path of one"
+        )
+    path = f"{_HOST_KERNELS}/{max(names, key=_version_key)}"
+    if not os.access(path, os.R_OK):
+        raise UsageError(
+            f"kernel '{path}' may not be read by this user (some distributions keep it to root):"
+            f" run 'sudo chmod a+r {path}', or give --kernel a readable copy"
+        )
+    return path
+
+
+def _version_key(name: str) -> list[tuple[int, str]]:
+    """Sorts 6.12.9 before 6.12.10: runs of digits by value, what is between them as text."""
+    import re
+
+    return [(int(run or 0), text) for run, text in re.findall(r"(\d+)|(\D+)", name)]
