@@ -3,7 +3,7 @@
 Written by scripts/generate-bindings; do not edit.
 """
 
-from ctypes import Structure, Union, c_char, c_int32, c_uint16, c_uint32, c_uint64, c_uint8
+from ctypes import Structure, Union, c_int32, c_uint16, c_uint32, c_uint64, c_uint8
 
 # Version of the interface
 KVM_API_VERSION = 12
@@ -294,7 +294,7 @@ class kvm_debugregs(Structure):
 
 class kvm_lapic_state(Structure):
     _fields_ = [
-        ("regs", c_char * 1024),
+        ("regs", c_uint8 * 1024),
     ]
 
 
@@ -545,7 +545,7 @@ class _kvm_run_u0(Union):
         ("io", _kvm_run_u0_io), ("debug", _kvm_run_u0_debug), ("mmio", _kvm_run_u0_mmio),
         ("internal", _kvm_run_u0_internal), ("emulation_failure", _kvm_run_u0_emulation_failure),
         ("system_event", _kvm_run_u0_system_event), ("eoi", _kvm_run_u0_eoi),
-        ("msr", _kvm_run_u0_msr), ("padding", c_char * 256),
+        ("msr", _kvm_run_u0_msr), ("padding", c_uint8 * 256),
     ]
 
 
@@ -557,7 +557,7 @@ class kvm_sync_regs(Structure):
 
 class _kvm_run_s(Union):
     _fields_ = [
-        ("regs", kvm_sync_regs), ("padding", c_char * 2048),
+        ("regs", kvm_sync_regs), ("padding", c_uint8 * 2048),
     ]
 
 

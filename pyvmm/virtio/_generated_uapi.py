@@ -5,7 +5,7 @@ linux/virtio_console.h, linux/virtio_balloon.h, linux/virtio_input.h.
 Written by scripts/generate-bindings; do not edit.
 """
 
-from ctypes import Structure, Union, c_char, c_uint16, c_uint32, c_uint64, c_uint8
+from ctypes import Structure, Union, c_uint16, c_uint32, c_uint64, c_uint8
 
 # Device IDs
 VIRTIO_ID_NET = 1
@@ -437,7 +437,7 @@ class virtio_input_devids(Structure):
 
 class _virtio_input_config_u(Union):
     _fields_ = [
-        ("string", c_char * 128), ("bitmap", c_uint8 * 128), ("abs", virtio_input_absinfo),
+        ("string", c_uint8 * 128), ("bitmap", c_uint8 * 128), ("abs", virtio_input_absinfo),
         ("ids", virtio_input_devids),
     ]
 
