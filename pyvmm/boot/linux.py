@@ -13,7 +13,8 @@ import struct
 from array import array
 
 from pyvmm import layout
-from pyvmm.boot.bzimage import HEADER_START, SetupHeader, is_bzimage
+from pyvmm.boot._generated_uapi import LOADED_HIGH, boot_e820_entry, boot_params
+from pyvmm.boot.bzimage import BzImage, is_bzimage
 from pyvmm.boot.files import open_file, read_into
 from pyvmm.boot.flat import flat_kernel
 from pyvmm.errors import UsageError
@@ -39,21 +40,10 @@ _CMDLINE_SIZE = 2047
 _INITRD_ADDR_MAX = 0x7FFF_FFFF
 _BOOT_PROTOCOL = 0x20F
 
-# Offsets in struct boot_params (asm/bootparam.h).
-_ACPI_RSDP_ADDR = 0x070
-_E820_ENTRIES = 0x1E8
-_VID_MODE = 0x1FA
-_BOOT_FLAG = 0x1FE
-_HEADER_MAGIC = 0x202
-_TYPE_OF_LOADER = 0x210
-_LOADFLAGS = 0x211
-_RAMDISK_IMAGE = 0x218
-_CMD_LINE_PTR = 0x228
-_E820_TABLE = 0x2D0
-_E820_ENTRY_SIZE = 20
-
+# Documentation/arch/x86/boot.rst
+_BOOT_FLAG = 0xAA55
+_HEADER_MAGIC = int.from_bytes(b"HdrS", "little")
 _LOADER_UNDEFINED = 0xFF
-_LOADED_HIGH = 1 << 0
 _VID_MODE_NORMAL = 0xFFFF
 _E820_RAM = 1
 _E820_RESERVED = 2
@@ -166,9 +156,9 @@ def load_kernel(
     try:
         file_size = os.fstat(fd).st_size
         head = os.pread(fd, _HEAD_SIZE, 0).ljust(_HEAD_SIZE, b"\0")
-        setup: SetupHeader | None = None
+        image: BzImage | None = None
         if is_bzimage(head):
-            setup = SetupHeader(head, file_size, kernel_path)
+            image = BzImage(head, file_size, kernel_path)
         elif not head.startswith(_ELF_MAGIC):
             raise UsageError(
                 f"kernel '{kernel_path}' is neither a Linux bzImage nor an ELF vmlinux"
@@ -177,39 +167,37 @@ def load_kernel(
             raise UsageError(
                 f"kernel '{kernel_path}' is an ELF file, and --boot=bzimage wants a bzImage"
             )
-        if setup and boot == "bzimage":
-            entry, start, end = _load_bzimage(memory, fd, setup, kernel_path)
+        if image and boot == "bzimage":
+            entry, start, end = _load_bzimage(memory, fd, image, kernel_path)
         else:
-            entry, start, end = _load_vmlinux(memory, fd, setup, file_size, kernel_path)
+            entry, start, end = _load_vmlinux(memory, fd, image, file_size, kernel_path)
     finally:
         os.close(fd)
 
     cmdline_size, initrd_addr_max = _CMDLINE_SIZE, _INITRD_ADDR_MAX
-    if setup:
-        cmdline_size, initrd_addr_max = setup.cmdline_size, setup.initrd_addr_max
+    if image:
+        cmdline_size, initrd_addr_max = image.header.cmdline_size, image.header.initrd_addr_max
     initrd = (0, 0)
     if initrd_path is not None:
         initrd = _load_initrd(memory, initrd_path, start, end, initrd_addr_max)
     _write_command_line(memory, command_line, cmdline_size)
-    memory.write(layout.ZERO_PAGE, _zero_page(setup, initrd, acpi_rsdp, e820_map(memory)))
+    memory.write(layout.ZERO_PAGE, bytes(_zero_page(image, initrd, acpi_rsdp, e820_map(memory))))
     memory.write(layout.BOOT_GDT, _GDT)
     memory.write(layout.BOOT_PAGE_TABLES, _identity_map(end))
     return EntryState(entry)
 
 
-def _load_bzimage(
-    memory: GuestMemory, fd: int, setup: SetupHeader, path: str
-) -> tuple[int, int, int]:
+def _load_bzimage(memory: GuestMemory, fd: int, image: BzImage, path: str) -> tuple[int, int, int]:
     """Loads the protected-mode code; returns its 64-bit entry point and the range it needs."""
-    start = setup.pref_address
-    end = start + max(setup.init_size, setup.code_size)
+    start = image.header.pref_address
+    end = start + max(image.header.init_size, image.code_size)
     _check_fits(memory, start, end, path)
-    read_into(fd, memory.view(start, setup.code_size), setup.code_offset, path)
+    read_into(fd, memory.view(start, image.code_size), image.code_offset, path)
     return start + _ENTRY_64, start, end
 
 
 def _load_vmlinux(
-    memory: GuestMemory, fd: int, setup: SetupHeader | None, file_size: int, path: str
+    memory: GuestMemory, fd: int, image: BzImage | None, file_size: int, path: str
 ) -> tuple[int, int, int]:
     """Loads the vmlinux in a bzImage or ELF file; returns its entry point and its range."""
 
@@ -218,15 +206,15 @@ def _load_vmlinux(
 
         from pyvmm.boot.elf import parse_vmlinux
 
-        if setup:
+        if image:
             from pyvmm.boot.payload import unpack
 
-            payload = bytearray(setup.payload_size)
-            read_into(fd, memoryview(payload), setup.payload_offset, path)
-            image = unpack(payload, path)
+            payload = bytearray(image.payload_size)
+            read_into(fd, memoryview(payload), image.payload_offset, path)
+            vmlinux = unpack(payload, path)
         else:
-            image = mmap.mmap(fd, file_size, access=mmap.ACCESS_READ)
-        return image, *parse_vmlinux(image, path)
+            vmlinux = mmap.mmap(fd, file_size, access=mmap.ACCESS_READ)
+        return vmlinux, *parse_vmlinux(vmlinux, path)
 
     kernel = flat_kernel(fd, unpacked)
     try:
@@ -304,28 +292,30 @@ def e820_map(memory: GuestMemory) -> list[tuple[int, int, int]]:
 
 
 def _zero_page(
-    setup: SetupHeader | None,
+    image: BzImage | None,
     initrd: tuple[int, int],
     acpi_rsdp: int | None,
     e820: list[tuple[int, int, int]],
-) -> bytearray:
-    """struct boot_params."""
-    page = bytearray(layout.PAGE_SIZE)
-    if setup:
-        page[HEADER_START : HEADER_START + len(setup.raw)] = setup.raw
+) -> boot_params:
+    """The boot parameters, to be put at layout.ZERO_PAGE."""
+    params = boot_params()
+    header = params.hdr
+    if image:
+        params.hdr = image.header
     else:
-        struct.pack_into("<H", page, _BOOT_FLAG, 0xAA55)
-        struct.pack_into("<4sH", page, _HEADER_MAGIC, b"HdrS", _BOOT_PROTOCOL)
-    struct.pack_into("<H", page, _VID_MODE, _VID_MODE_NORMAL)
-    page[_TYPE_OF_LOADER] = _LOADER_UNDEFINED
-    page[_LOADFLAGS] = _LOADED_HIGH
-    struct.pack_into("<II", page, _RAMDISK_IMAGE, *initrd)
-    struct.pack_into("<I", page, _CMD_LINE_PTR, layout.COMMAND_LINE)
-    struct.pack_into("<Q", page, _ACPI_RSDP_ADDR, acpi_rsdp or 0)
-    page[_E820_ENTRIES] = len(e820)
+        header.boot_flag = _BOOT_FLAG
+        header.header = _HEADER_MAGIC
+        header.version = _BOOT_PROTOCOL
+    header.vid_mode = _VID_MODE_NORMAL
+    header.type_of_loader = _LOADER_UNDEFINED
+    header.loadflags = LOADED_HIGH
+    header.ramdisk_image, header.ramdisk_size = initrd
+    header.cmd_line_ptr = layout.COMMAND_LINE
+    params.acpi_rsdp_addr = acpi_rsdp or 0
+    params.e820_entries = len(e820)
     for i, area in enumerate(e820):
-        struct.pack_into("<QQI", page, _E820_TABLE + _E820_ENTRY_SIZE * i, *area)
-    return page
+        params.e820_table[i] = boot_e820_entry(*area)
+    return params
 
 
 def _identity_map(end: int) -> bytes:
