@@ -65,6 +65,8 @@ static bool virtio_mmio_access(struct io_range *range, uint64_t offset, uint8_t 
     struct virtio_mmio_range *mmio = (struct virtio_mmio_range *)range;
 
     if (!is_write) {
+        if (__atomic_load_n(&mmio->trapped, __ATOMIC_ACQUIRE))
+            return false;
         memcpy(data, mmio->page + offset, len);
         return true;
     }

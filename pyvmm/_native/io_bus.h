@@ -38,9 +38,12 @@ enum io_result io_bus_access(const struct io_bus *bus, uint64_t addr, uint8_t *d
                              bool is_write);
 
 /* The register page of a virtio-mmio device: reads come from the page (they exit only where KVM
- * lacks read-only memory slots), InterruptACK goes to the irq, all other writes are Python's. */
+ * lacks read-only memory slots), InterruptACK goes to the irq, all other writes are Python's.
+ * While `trapped`, reads are Python's too: it is changing several registers that must be seen to
+ * change together. */
 struct virtio_mmio_range {
     struct io_range range;
+    bool trapped; /* atomic */
     const uint8_t *page;
     struct virtio_irq *irq;
 };

@@ -34,6 +34,7 @@ KVM_ENABLE_CAP = 0x4068aea3
 
 # ioctls of a vCPU
 KVM_RUN = 0xae80
+KVM_TRANSLATE = 0xc018ae85
 KVM_GET_REGS = 0x8090ae81
 KVM_SET_REGS = 0x4090ae82
 KVM_GET_SREGS = 0x8138ae83
@@ -227,6 +228,13 @@ class kvm_userspace_memory_region(Structure):
     _fields_ = [
         ("slot", c_uint32), ("flags", c_uint32), ("guest_phys_addr", c_uint64),
         ("memory_size", c_uint64), ("userspace_addr", c_uint64),
+    ]
+
+
+class kvm_translation(Structure):
+    _fields_ = [
+        ("linear_address", c_uint64), ("physical_address", c_uint64), ("valid", c_uint8),
+        ("writeable", c_uint8), ("usermode", c_uint8), ("pad", c_uint8 * 5),
     ]
 
 

@@ -297,6 +297,12 @@ class Vcpu(_Handle):
     def set_sregs(self, sregs: uapi.kvm_sregs) -> None:
         self._ioctl("KVM_SET_SREGS", sregs)
 
+    def translate(self, linear: int) -> int | None:
+        """The guest-physical address behind a linear one; None when it is not mapped."""
+        translation = uapi.kvm_translation(linear)
+        self._ioctl("KVM_TRANSLATE", translation)
+        return translation.physical_address if translation.valid else None
+
     def get_fpu(self) -> uapi.kvm_fpu:
         return self._get("KVM_GET_FPU", uapi.kvm_fpu)
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import errno
-from typing import Any, Protocol
 
 from pyvmm._core import ffi, lib
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Protocol
 
-class IoDevice(Protocol):
-    """A device whose registers are answered in Python, on the vCPU's thread."""
+    class IoDevice(Protocol):
+        """A device whose registers are answered in Python, on the vCPU's thread."""
 
-    def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes (1, 2, 4 or 8) of the register at `offset`."""
-        ...
+        def read(self, offset: int, length: int) -> bytes:
+            """`length` bytes (1, 2, 4 or 8) of the register at `offset`."""
 
-    def write(self, offset: int, data: bytes) -> None:
-        """The guest wrote `data` to the register at `offset`."""
-        ...
+        def write(self, offset: int, data: bytes) -> None:
+            """The guest wrote `data` to the register at `offset`."""
 
 
 class Bus:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import NamedTuple
 
 from pyvmm import layout
 from pyvmm._core import ffi
@@ -14,12 +13,15 @@ HUGE_PAGE_SIZE = 2 << 20
 MAP_NORESERVE = 0x4000  # asm-generic/mman.h; in Python's mmap module only from 3.13 on
 
 
-class Region(NamedTuple):
+class Region:
     """`size` bytes of RAM at guest-physical `gpa`, at host address `hva`."""
 
-    gpa: int
-    size: int
-    hva: int
+    __slots__ = ("gpa", "hva", "size")
+
+    def __init__(self, gpa: int, size: int, hva: int) -> None:
+        self.gpa = gpa
+        self.size = size
+        self.hva = hva
 
 
 class GuestMemory:

@@ -6,8 +6,8 @@ Sources: ACPI 6.5, 4.8.3 (PM1 registers) and 4.8.3.6 (reset register); Intel 804
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

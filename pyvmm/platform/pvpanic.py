@@ -5,8 +5,7 @@ Source: Linux include/uapi/misc/pvpanic.h and drivers/misc/pvpanic.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

@@ -1,0 +1,285 @@
+"""The hardware of one boot: built at power-on, thrown away at reset.
+
+What survives a reset (disk images, consoles, the devices with their settings) belongs to
+``vm.py`` and is only plugged in here. Building everything anew is what makes a reboot sound: no
+state of the old guest can be left behind.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from contextlib import ExitStack
+
+from pyvmm import layout
+from pyvmm._core import ffi, lib
+from pyvmm.boot import acpi, cpuid, linux, mptable
+from pyvmm.errors import GuestCrash
+from pyvmm.kvm import _generated_uapi as kvm_uapi
+from pyvmm.machine import crash
+from pyvmm.machine.bus import Bus
+from pyvmm.machine.irq import GsiAllocator
+from pyvmm.machine.memory import GuestMemory
+from pyvmm.machine.vcpu import VcpuThread
+from pyvmm.platform import power
+from pyvmm.platform.pvpanic import PvPanic
+from pyvmm.virtio import _generated_uapi as virtio_uapi
+from pyvmm.virtio.mmio import MmioTransport
+from pyvmm.worker import WorkerThread
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any, Protocol
+
+    from pyvmm.boot.linux import EntryState
+    from pyvmm.config import VmConfig
+    from pyvmm.kvm.handles import Kvm, Vcpu
+    from pyvmm.virtio.device import VirtioDevice
+
+    class Listener(Protocol):
+        """Who hears what the guest did. Called on vCPU threads."""
+
+        def on_poweroff(self) -> None: ...
+        def on_reset(self) -> None: ...
+        def on_panic(self) -> None: ...
+        def on_crash(self, crash: GuestCrash) -> None: ...
+        def on_error(self, error: BaseException) -> None: ...
+
+
+# IA32_MTRR_DEF_TYPE: MTRRs on, all memory write-back (Intel SDM vol. 3, 12.11). Linux takes
+# disabled MTRRs for a broken firmware.
+MSR_MTRR_DEF_TYPE = 0x2FF
+MTRR_ON_WRITE_BACK = 1 << 11 | 6
+
+# The memory slots of guest RAM come first, then one for each register page.
+FIRST_REGISTER_SLOT = 4
+
+
+class Board:
+    """A machine that is ready to run its kernel; `start` lets the vCPUs go.
+
+    `serial` is what ttyS0 is connected to: (input, output), each a file descriptor or -1. `watch`
+    is the ``struct console_watch *`` that sees its output. Raises UsageError, KvmError.
+    """
+
+    def __init__(
+        self,
+        kvm: Kvm,
+        config: VmConfig,
+        devices: Sequence[VirtioDevice],
+        serial: tuple[int, int],
+        watch: Any,
+        listener: Listener,
+    ) -> None:
+        self._listener = listener
+        with ExitStack() as stack:
+            self.memory = GuestMemory(config.memory, hugepages=config.hugepages)
+            stack.callback(self.memory.close)
+            self.vm = stack.enter_context(kvm.create_vm())
+            self.vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
+            self.vm.set_tss_addr(layout.KVM_TSS)
+            self.vm.create_irqchip()
+            self.vm.create_pit2()
+            for slot, region in enumerate(self.memory.regions):
+                self.vm.set_user_memory_region(slot, region.gpa, region.size, region.hva)
+            self._pio = Bus()
+            self._mmio = Bus()
+            self.vcpus = [self._create_vcpu(index, stack) for index in range(config.cpus)]
+
+            self._add_platform(serial, watch, stack)
+            self._add_virtio(kvm, devices, stack)
+            entry = self._load(config)
+            self._set_cpus_up(kvm, entry)
+            # Guest code must stop before anything that it uses goes.
+            for vcpu in self.vcpus:
+                stack.callback(vcpu.request_stop)
+            self._stack = stack.pop_all()
+
+    def start(self) -> None:
+        """Lets the guest run."""
+        for vcpu in self.vcpus:
+            vcpu.start()
+
+    def pause(self) -> None:
+        """Returns when no vCPU runs guest code; idempotent."""
+        for vcpu in self.vcpus:
+            vcpu.pause()
+
+    def resume(self) -> None:
+        """Lets the vCPUs go on; idempotent."""
+        for vcpu in self.vcpus:
+            vcpu.resume()
+
+    def press_power_button(self) -> None:
+        """Asks the guest to shut down."""
+        self._pm1_events.press_power_button()
+
+    def close(self) -> None:
+        """Stops the guest and gives everything back."""
+        self._stack.close()
+
+    def _create_vcpu(self, index: int, stack: ExitStack) -> VcpuThread:
+        vcpu = VcpuThread(
+            self.vm.create_vcpu(index),
+            index,
+            self._pio,
+            self._mmio,
+            on_exit=self._on_exit,
+            on_error=self._listener.on_error,
+        )
+        stack.callback(vcpu.close)
+        return vcpu
+
+    def _on_exit(self, vcpu: VcpuThread) -> None:
+        self._listener.on_crash(crash.describe(vcpu.handle, vcpu.index, self.memory))
+
+    def _add_platform(self, serial: tuple[int, int], watch: Any, stack: ExitStack) -> None:
+        listener = self._listener
+        self._pm1_events = power.Pm1Events(
+            lambda level: self.vm.irq_line(layout.ACPI_SCI_GSI, level)
+        )
+        reset = power.ResetPort(layout.RESET_VALUE, listener.on_reset)
+        i8042 = power.ResetPort(power.I8042_PULSE_RESET, listener.on_reset)
+        control = power.Pm1Control(listener.on_poweroff)
+        panic = PvPanic(listener.on_panic)
+        self._pio.add(layout.PM1_EVENT_PORT, self._pm1_events.SIZE, self._pm1_events)
+        self._pio.add(layout.PM1_CONTROL_PORT, control.SIZE, control)
+        self._pio.add(layout.RESET_PORT, reset.SIZE, reset)
+        self._pio.add(layout.I8042_COMMAND_PORT, i8042.SIZE, i8042)
+        self._pio.add(layout.PVPANIC_PORT, panic.SIZE, panic)
+
+        uart = lib.serial16550_create(
+            layout.COM1_PORT, *serial, self.vm.fileno(), layout.COM1_GSI, watch
+        )
+        if uart == ffi.NULL:
+            raise OSError(ffi.errno, f"serial port: {os.strerror(ffi.errno)}")
+        stack.callback(lib.serial16550_destroy, uart)
+        worker = WorkerThread(lib.serial16550_worker(uart), "serial")
+        stack.callback(worker.stop)
+        stack.callback(lib.serial16550_flush, uart)
+        self._pio.add_native(lib.serial16550_range(uart))
+
+    def _add_virtio(self, kvm: Kvm, devices: Sequence[VirtioDevice], stack: ExitStack) -> None:
+        self.transports: list[MmioTransport] = []
+        self._keep: list[Any] = []  # what only C refers to
+        if not devices:
+            self._slots: list[acpi.VirtioSlot] = []
+            return
+        gsis = GsiAllocator(len(devices))
+        self._slots = [
+            acpi.VirtioSlot(
+                layout.VIRTIO_MMIO_BASE + index * layout.VIRTIO_MMIO_STRIDE,
+                gsis.gsi(index),
+                gsis.shared,
+            )
+            for index in range(len(devices))
+        ]
+        readonly_slots = kvm.check_extension(kvm_uapi.KVM_CAP_READONLY_MEM) > 0
+        pages = mmap.mmap(-1, len(devices) * layout.PAGE_SIZE)
+        stack.callback(pages.close)
+        acks = self._create_ack_ring(kvm, stack)
+        for index, (device, slot) in enumerate(zip(devices, self._slots, strict=True)):
+            page = memoryview(pages)[index * layout.PAGE_SIZE :][: layout.PAGE_SIZE]
+            memory_slot = FIRST_REGISTER_SLOT + index if readonly_slots else None
+            self._plug(device, slot, page, memory_slot, acks, stack)
+
+    def _create_ack_ring(self, kvm: Kvm, stack: ExitStack) -> Any:
+        """The ring of coalesced InterruptACK writes, or NULL where KVM has none."""
+        page_offset = kvm.check_extension(kvm_uapi.KVM_CAP_COALESCED_MMIO)
+        if not page_offset:
+            return ffi.NULL
+        ring = ffi.from_buffer(self.vcpus[0].handle.run_buffer) + page_offset * layout.PAGE_SIZE
+        acks = lib.ack_ring_create(ring)
+        if acks == ffi.NULL:
+            raise MemoryError("no memory for the ring of interrupt acknowledgements")
+        stack.callback(lib.ack_ring_destroy, acks)
+        return acks
+
+    def _plug(
+        self,
+        device: VirtioDevice,
+        slot: acpi.VirtioSlot,
+        page: memoryview,
+        memory_slot: int | None,
+        acks: Any,
+        stack: ExitStack,
+    ) -> None:
+        irqfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        stack.callback(os.close, irqfd)
+        self.vm.irqfd(irqfd, slot.gsi)
+        mmio = ffi.new("struct virtio_mmio_range *")
+
+        def map_page(size: int) -> None:
+            if memory_slot is not None:
+                self.vm.set_user_memory_region(
+                    memory_slot, slot.gpa, size, int(ffi.cast("uintptr_t", native)), readonly=True
+                )
+
+        def trap_reads(trap: bool) -> None:
+            mmio.trapped = trap
+            map_page(0 if trap else layout.PAGE_SIZE)
+
+        transport = MmioTransport(device, self.memory.native, page, slot.gpa, irqfd, trap_reads)
+        stack.callback(transport.close)
+        native = transport.native_page
+        map_page(layout.PAGE_SIZE)
+        for index, kick in enumerate(transport.kicks):
+            self.vm.ioeventfd(
+                slot.gpa + virtio_uapi.VIRTIO_MMIO_QUEUE_NOTIFY, 4, kick, datamatch=index
+            )
+        if acks != ffi.NULL:
+            if lib.ack_ring_attach(acks, transport.irq):
+                raise MemoryError("too many devices for the ring of interrupt acknowledgements")
+            self.vm.register_coalesced_mmio(slot.gpa + virtio_uapi.VIRTIO_MMIO_INTERRUPT_ACK, 4)
+        lib.virtio_mmio_range_init(mmio, slot.gpa, native, transport.irq)
+        self._mmio.add_native(ffi.addressof(mmio, "range"))
+        self._mmio.add_fallback(slot.gpa, layout.VIRTIO_MMIO_STRIDE, transport)
+        self._keep.append(mmio)
+        self.transports.append(transport)
+
+    def _load(self, config: VmConfig) -> EntryState:
+        command_line = config.command_line()
+        rsdp = None
+        if "acpi=off" in command_line.split():
+            mptable.write_mp_table(self.memory, cpus=config.cpus, virtio=self._slots)
+            command_line = " ".join([*mptable.virtio_mmio_parameters(self._slots), command_line])
+        else:
+            rsdp = acpi.build_tables(self.memory, cpus=config.cpus, virtio=self._slots)
+        return linux.load_kernel(
+            self.memory,
+            config.kernel,
+            config.initrd,
+            command_line,
+            boot="bzimage" if config.boot == "bzimage" else "auto",
+            acpi_rsdp=rsdp,
+        )
+
+    def _set_cpus_up(self, kvm: Kvm, entry: EntryState) -> None:
+        supported = [cpuid.CpuidEntry.from_kvm(leaf) for leaf in kvm.get_supported_cpuid()]
+        for vcpu in self.vcpus:
+            leaves = cpuid.guest_cpuid(supported, cpus=len(self.vcpus), cpu_index=vcpu.index)
+            vcpu.handle.set_cpuid2([kvm_uapi.kvm_cpuid_entry2(*leaf) for leaf in leaves])
+            vcpu.handle.set_msrs({MSR_MTRR_DEF_TYPE: MTRR_ON_WRITE_BACK})
+        set_entry_state(self.vcpus[0].handle, entry)
+
+
+def set_entry_state(vcpu: Vcpu, entry: EntryState) -> None:
+    """Puts the boot processor at the kernel's entry point; the others wait for its IPIs."""
+    sregs = vcpu.get_sregs()
+    for names, segment in (
+        (("cs",), entry.code),
+        (("ds", "es", "fs", "gs", "ss"), entry.data),
+        (("tr",), entry.task),
+    ):
+        for name in names:
+            register = getattr(sregs, name)
+            for field in segment.__slots__:
+                setattr(register, field, getattr(segment, field))
+    sregs.gdt.base, sregs.gdt.limit = entry.gdt_base, entry.gdt_limit
+    sregs.idt.base = sregs.idt.limit = 0
+    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = entry.cr0, entry.cr3, entry.cr4, entry.efer
+    vcpu.set_sregs(sregs)
+    regs = kvm_uapi.kvm_regs()
+    regs.rip, regs.rsp, regs.rsi, regs.rflags = entry.rip, entry.rsp, entry.rsi, entry.rflags
+    vcpu.set_regs(regs)

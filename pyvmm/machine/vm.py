@@ -1,0 +1,329 @@
+"""A virtual machine from start to end: its devices, its boots, and how it came to its end."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections import deque
+from contextlib import ExitStack
+
+from pyvmm._core import ffi, lib
+from pyvmm.errors import ExitStatus, GuestCrash, GuestPanic, GuestTimeout
+
+TYPE_CHECKING = False  # importing typing takes milliseconds
+if TYPE_CHECKING:
+    from typing import Any, Self
+
+    from pyvmm.backends.chardev import Chardev
+    from pyvmm.config import ChardevConfig, DiskConfig, VmConfig
+    from pyvmm.kvm.handles import Kvm
+    from pyvmm.machine.board import Board
+    from pyvmm.virtio.device import VirtioDevice
+
+# After the first words of a panic, the time that the kernel gets to print the rest of it.
+PANIC_GRACE = 1.0
+PANIC = "Kernel panic - not syncing"
+REPORT_LINES = 20
+
+
+class Outcome:
+    """How a virtual machine ended.
+
+    `status` is the exit status of the contract in ``errors.py``; `error` is None after a power-off
+    or a stop that was asked for.
+    """
+
+    __slots__ = ("error", "status")
+
+    def __init__(self, status: int, error: BaseException | None = None) -> None:
+        self.status = status
+        self.error = error
+
+    def __repr__(self) -> str:
+        return f"Outcome(status={self.status}, error={self.error!r})"
+
+    def check(self) -> None:
+        """Raises `error`, if there is one."""
+        if self.error is not None:
+            raise self.error
+
+
+class VM:
+    """One virtual machine.
+
+    >>> with VM(VmConfig(kernel="host")) as vm:
+    ...     vm.start()
+    ...     vm.wait(timeout=60).check()
+    """
+
+    def __init__(self, config: VmConfig) -> None:
+        self.config = config
+        self.outcome: Outcome | None = None
+        self._resources = ExitStack()
+        self._devices: list[VirtioDevice] = []
+        self._board: Board | None = None
+        self._boot = 0  # how often the machine was powered on
+        self._paused = False
+        self._lock = threading.RLock()  # guards _board and _paused
+        self._supervisor: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._inbox: deque[_Event] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Powers the machine on; the guest runs when this returns.
+
+        Raises UsageError, NoKvmError, KvmError.
+        """
+        from pyvmm.kvm.handles import Kvm
+
+        if self._supervisor is not None:
+            raise RuntimeError("a VM can be started once")
+        with ExitStack() as stack:
+            self._kvm: Kvm = stack.enter_context(Kvm())
+            lib.vcpu_setup_signal()
+            self._wake = _eventfd(stack)
+            self._panic_fd = _eventfd(stack)
+            self._watch: Any = lib.console_watch_create(self._panic_fd)
+            stack.callback(lib.console_watch_destroy, self._watch)
+            self._open_devices(stack)
+            self._power_on()
+            stack.callback(self._power_off)
+            self._resources = stack.pop_all()
+        self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+        self._supervisor.start()
+
+    def wait(self, timeout: float | None = None) -> Outcome:
+        """Waits for the end of the guest; after `timeout` seconds it is ended."""
+        if not self._ended.wait(timeout):
+            error = GuestTimeout(f"the guest did not end within {timeout:g} s")
+            self._end(Outcome(ExitStatus.TIMEOUT, self._report(error)))
+            self._ended.wait()
+        assert self.outcome is not None
+        return self.outcome
+
+    def stop(self, status: int = ExitStatus.OK) -> None:
+        """Ends the guest at once, as pulling the plug would; idempotent."""
+        if self._supervisor is not None:
+            self._end(Outcome(status))
+            self._ended.wait()
+
+    def pause(self) -> None:
+        """Returns when the guest executes no more code; idempotent."""
+        with self._lock:
+            self._paused = True
+            if self._board is not None:
+                self._board.pause()
+
+    def resume(self) -> None:
+        """Lets a paused guest go on; idempotent."""
+        with self._lock:
+            self._paused = False
+            if self._board is not None:
+                self._board.resume()
+
+    def press_power_button(self) -> None:
+        """Asks the guest to shut down, as the ACPI power button does."""
+        with self._lock:
+            if self._board is not None:
+                self._board.press_power_button()
+
+    def console_tail(self) -> str:
+        """The last output of the guest's consoles, at most 16 KiB."""
+        buffer = ffi.new("uint8_t[]", lib.CONSOLE_TAIL_SIZE)
+        size = lib.console_watch_tail(self._watch, buffer)
+        return bytes(ffi.buffer(buffer, size)).decode(errors="replace")
+
+    def close(self) -> None:
+        """Ends the guest if it still runs, and gives all resources back; idempotent."""
+        self.stop()
+        self._resources.close()
+
+    # What the machine is made of
+
+    def _open_devices(self, stack: ExitStack) -> None:
+        config = self.config
+        self._serial = self._open_chardev(config.serial, "serial port ttyS0", stack)
+        for disk in config.disks:
+            self._devices.append(_open_disk(disk, stack))
+        if config.console.kind != "none":
+            from pyvmm.virtio.console import VirtioConsole
+
+            console = self._open_chardev(config.console, "console hvc0", stack)
+            self._devices.append(VirtioConsole(console, on_output=self._watch_output))
+        if config.rng:
+            from pyvmm.virtio.rng import VirtioRng
+
+            self._devices.append(VirtioRng())
+
+    def _open_chardev(self, config: ChardevConfig, name: str, stack: ExitStack) -> Chardev:
+        from pyvmm.backends.chardev import open_chardev
+
+        chardev = open_chardev(config.kind, config.path, name=name, on_quit=self._on_quit)
+        stack.callback(chardev.close)
+        return chardev
+
+    def _watch_output(self, data: bytes) -> None:
+        lib.console_watch_feed(self._watch, data, len(data))
+
+    def _power_on(self) -> None:
+        from pyvmm.machine.board import Board
+
+        self._boot += 1
+        board = Board(
+            self._kvm,
+            self.config,
+            self._devices,
+            (self._serial.input_fd, self._serial.output_fd),
+            self._watch,
+            _Listener(self, self._boot),
+        )
+        with self._lock:
+            self._board = board
+            board.start()
+            if self._paused:
+                board.pause()
+
+    def _power_off(self) -> None:
+        with self._lock:
+            board, self._board = self._board, None
+        if board is not None:
+            board.close()
+
+    # The supervisor: one thread that decides what follows from what happened
+
+    def _supervise(self) -> None:
+        try:
+            outcome = self._follow_events()
+        except BaseException as error:  # a failed reboot, or a defect
+            outcome = Outcome(getattr(error, "exit_status", ExitStatus.INTERNAL), error)
+        self._power_off()
+        self.outcome = outcome
+        self._ended.set()
+
+    def _follow_events(self) -> Outcome:
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        poll.register(self._panic_fd, select.POLLIN)
+        panic_deadline: float | None = None
+        while True:
+            wait = None
+            if panic_deadline is not None:
+                wait = max(0.0, panic_deadline - time.monotonic()) * 1000
+            ready = {fd for fd, _ in poll.poll(wait)}
+            if self._panic_fd in ready:
+                os.eventfd_read(self._panic_fd)
+                panic_deadline = panic_deadline or time.monotonic() + PANIC_GRACE
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            while self._inbox:
+                event = self._inbox.popleft()
+                if event.boot not in (None, self._boot):
+                    continue  # from before a reboot
+                if event.outcome is _PANICKED:
+                    panic_deadline = panic_deadline or time.monotonic() + PANIC_GRACE
+                elif event.outcome is not _RESET:
+                    return event.outcome
+                elif panic_deadline is not None:
+                    return self._panic_outcome()
+                elif not self.config.reboot:
+                    return Outcome(ExitStatus.OK)
+                else:
+                    self._power_off()
+                    self._power_on()
+            if panic_deadline is not None and time.monotonic() >= panic_deadline:
+                return self._panic_outcome()
+
+    def _panic_outcome(self) -> Outcome:
+        words = next(
+            (line[line.index(PANIC) :] for line in self._last_lines() if PANIC in line),
+            "it said so through pvpanic",
+        )
+        error = GuestPanic(f"the guest kernel panicked: {words}")
+        return Outcome(error.exit_status, self._report(error))
+
+    def _report(self, error: BaseException) -> BaseException:
+        """Adds the last console lines as notes."""
+        lines = self._last_lines()[-REPORT_LINES:]
+        error.add_note("last lines of the console:" if lines else "the console printed nothing")
+        for line in lines:
+            error.add_note(f"  | {line}")
+        return error
+
+    def _last_lines(self) -> list[str]:
+        return [line for line in self.console_tail().replace("\r", "").split("\n") if line.strip()]
+
+    # What others report; any thread
+
+    def _tell(self, outcome: Outcome, boot: int | None) -> None:
+        self._inbox.append(_Event(outcome, boot))
+        os.eventfd_write(self._wake, 1)
+
+    def _end(self, outcome: Outcome) -> None:
+        self._tell(outcome, None)
+
+    def _on_quit(self) -> None:
+        """The user pressed the escape key."""
+        self._end(Outcome(ExitStatus.OK))
+
+
+# Outcomes of a boot that are not yet the end of the machine.
+_RESET = Outcome(ExitStatus.OK)
+_PANICKED = Outcome(ExitStatus.GUEST_PANIC)
+
+
+class _Event:
+    """Something happened in the boot with that number, or (None) outside the guest."""
+
+    __slots__ = ("boot", "outcome")
+
+    def __init__(self, outcome: Outcome, boot: int | None) -> None:
+        self.outcome = outcome
+        self.boot = boot
+
+
+class _Listener:
+    """Passes on what the guest of one boot did."""
+
+    def __init__(self, vm: VM, boot: int) -> None:
+        self._vm = vm
+        self._boot = boot
+
+    def on_poweroff(self) -> None:
+        self._vm._tell(Outcome(ExitStatus.OK), self._boot)
+
+    def on_reset(self) -> None:
+        self._vm._tell(_RESET, self._boot)
+
+    def on_panic(self) -> None:
+        self._vm._tell(_PANICKED, self._boot)
+
+    def on_crash(self, crash: GuestCrash) -> None:
+        self._vm._report(crash)
+        self._vm._tell(Outcome(crash.exit_status, crash), self._boot)
+
+    def on_error(self, error: BaseException) -> None:
+        self._vm._tell(Outcome(ExitStatus.INTERNAL, error), self._boot)
+
+
+def _eventfd(stack: ExitStack) -> int:
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _open_disk(config: DiskConfig, stack: ExitStack) -> VirtioDevice:
+    from pyvmm.backends.disk import open_image
+    from pyvmm.virtio.blk import VirtioBlk
+
+    image = stack.enter_context(
+        open_image(config.path, readonly=config.readonly, direct=config.direct)
+    )
+    return VirtioBlk(image, config)
