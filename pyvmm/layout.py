@@ -48,5 +48,6 @@ I8042_DATA_PORT = 0x60
 I8042_COMMAND_PORT = 0x64
 PVPANIC_PORT = 0x505
 ACPI_SCI_GSI = 9
+ACPI_S5_SLEEP_TYPE = 5  # SLP_TYP
 # GSIs that virtio-mmio devices may take, in this order; past the last they are shared.
 VIRTIO_GSIS = (16, 17, 18, 19, 20, 21, 22, 23, 5, 10, 11, 12, 6, 7, 14, 15)
