@@ -56,35 +56,41 @@ class DiskConfig(Record, implied="path"):
     )
 
 
-class ChardevConfig(Record):
-    """What a serial port or console is connected to on the host.
+CHARDEVS = {
+    "stdio": "this terminal, or whatever standard input and output are",
+    "pty": "a new pseudo-terminal, whose name is printed",
+    "file:PATH": "a file that gets the output; there is no input",
+    "unix:PATH": "a Unix socket that pyvmm listens on",
+    "none": "nothing: the device is not there",
+}
 
-    ``kind`` is ``stdio`` (this terminal), ``pty`` (a new pseudo-terminal, its name is printed),
-    ``file`` (output only), ``unix`` (a listening socket) or ``none``; ``path`` belongs to ``file``
-    and ``unix``. As text: ``stdio``, ``pty``, ``file:PATH``, ``unix:PATH``, ``none``.
+
+class ChardevConfig(Record):
+    """What a serial port or console is connected to on the host; ``CHARDEVS`` says what there is.
+
+    As text: ``stdio``, ``pty``, ``file:PATH``, ``unix:PATH`` or ``none``.
     """
 
-    metavar = "stdio|pty|file:PATH|unix:PATH|none"
+    metavar = "|".join(CHARDEVS)
     kind: str = setting(
-        Choice("stdio", "pty", "file", "unix", "none"), help="what it is connected to"
+        Choice(*(each.removesuffix(":PATH") for each in CHARDEVS)), help="what it is connected to"
     )
-    path: str | None = setting(Path(), default=None, help="path of the file or socket")
+    path: str | None = setting(Path(), default=None, help="the path of the file or socket")
 
     def complete(self, source: Source) -> None:
         place = f"{source.place}: " if source.place else ""
-        if self.kind in ("file", "unix"):
-            if self.path is None:
-                raise UsageError(f"{place}{self.kind} needs a path: give {self.kind}:PATH")
-        elif self.path is not None:
+        needs_path = f"{self.kind}:PATH" in CHARDEVS
+        if needs_path and self.path is None:
+            raise UsageError(f"{place}{self.kind} needs a path: give {self.kind}:PATH")
+        if not needs_path and self.path is not None:
             raise UsageError(f"{place}{self.kind} has no path: give {self.kind} alone")
 
     @classmethod
     def from_text(cls, text: str, source: Source) -> Self:
         kind, colon, path = text.partition(":")
-        if kind not in ("stdio", "pty", "file", "unix", "none"):
+        if kind not in CHARDEVS and f"{kind}:PATH" not in CHARDEVS:
             raise UsageError(
-                f"{source.place}={text} is not a character device: "
-                f"give {any_of(cls.metavar.split('|'))}"
+                f"{source.place}={text} is not a character device: give {any_of(CHARDEVS)}"
             )
         return cls.from_table({"kind": kind, "path": path} if colon else {"kind": kind}, source)
 
@@ -109,7 +115,7 @@ class VmConfig(Record):
         Text(),
         default="",
         group="boot",
-        help="kernel parameters, after those that pyvmm gives (see below)",
+        help="kernel parameters to add to those that pyvmm gives",
     )
     boot: str = setting(
         Choice("auto", "bzimage"),
@@ -148,13 +154,13 @@ class VmConfig(Record):
         One(ChardevConfig),
         default=None,
         group="console",
-        help="the serial port ttyS0; stdio, unless --console has it",
+        help="the serial port ttyS0 (default: stdio, if --console is not there)",
     )
     console: ChardevConfig = setting(
         One(ChardevConfig),
         default=_NOWHERE,
         group="console",
-        help="the virtio console hvc0, faster and with window size; none unless given",
+        help="the virtio console hvc0, which follows the window size and is faster",
     )
     reboot: bool = setting(
         Boolean(),

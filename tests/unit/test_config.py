@@ -1,0 +1,291 @@
+"""The settings of a machine: defaults, what contradicts what, files, and kernel parameters."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyvmm.config import ChardevConfig, DiskConfig, VmConfig, from_command_line, load_toml
+from pyvmm.errors import UsageError
+from pyvmm.schema import MIB, Source
+
+
+def config(**options: object) -> VmConfig:
+    """As from the command line, with a kernel."""
+    return from_command_line({"kernel": "bzImage", **options})
+
+
+def error_of(**options: object) -> str:
+    with pytest.raises(UsageError) as error:
+        config(**options)
+    return str(error.value)
+
+
+def test_defaults() -> None:
+    assert config() == VmConfig(
+        kernel="bzImage",
+        initrd=None,
+        append="",
+        boot="auto",
+        memory=512 * MIB,
+        cpus=1,
+        accel="auto",
+        hugepages=False,
+        rng=True,
+        disks=(),
+        serial=ChardevConfig(kind="stdio"),
+        console=ChardevConfig(kind="none"),
+        reboot=True,
+        timeout=None,
+    )
+
+
+def test_options_are_text_and_become_what_they_mean() -> None:
+    read = config(
+        memory="1G",
+        cpus="4",
+        timeout="1.5",
+        serial="file:log",
+        disks=["a.img", "path=b.img,readonly=on,direct=on,queues=2,serial=X,cache=writethrough"],
+    )
+    assert (read.memory, read.cpus, read.timeout) == (1024 * MIB, 4, 1.5)
+    assert read.serial == ChardevConfig(kind="file", path="log")
+    assert read.disks == (
+        DiskConfig(path="a.img"),
+        DiskConfig(
+            path="b.img", readonly=True, direct=True, queues=2, serial="X", cache="writethrough"
+        ),
+    )
+
+
+DISK_KEYS = "(known keys: path, readonly, direct, cache, queues, queue_size, serial)"
+CHARDEVS = "give stdio, pty, file:PATH, unix:PATH or none"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "31M"}, "--memory=31M is too small: the least is 32M"),
+        (
+            {"memory": "512"},
+            "--memory=512 is too small: the least is 32M (for mebibytes write 512M)",
+        ),
+        (
+            {"memory": "512000000"},
+            "--memory=512000000 is not a multiple of 1M: give 488M or 489M",
+        ),
+        (
+            {"memory": "a lot"},
+            "--memory=a lot is not a size: give a number with K, M, G or T, such as 512M",
+        ),
+        (
+            {"memory": "513M", "hugepages": True},
+            "--memory=513M is not a multiple of the huge page of 2M: "
+            "give 512M or 514M, or no --hugepages",
+        ),
+        ({"cpus": "0"}, "--cpus=0 is out of range: give a whole number from 1 to 64"),
+        ({"cpus": "65"}, "--cpus=65 is out of range: give a whole number from 1 to 64"),
+        ({"boot": "uefi"}, "--boot=uefi is not one of the choices: give auto or bzimage"),
+        ({"accel": "tcg"}, "--accel=tcg is not one of the choices: give auto, kvm or nested"),
+        ({"timeout": "0"}, "--timeout=0 is out of range: give more than 0 seconds"),
+        ({"kernel": ""}, "--kernel= is empty: give the path of a file"),
+        (
+            {"disks": ["a,readony=on"]},
+            f"unknown key 'readony' in --disk, did you mean 'readonly'? {DISK_KEYS}",
+        ),
+        (
+            {"disks": ["a,queues=17"]},
+            "--disk: queues=17 is out of range: give a whole number from 1 to 16",
+        ),
+        (
+            {"disks": ["a,serial=123456789012345678901"]},
+            "--disk: serial=123456789012345678901 is too long: at most 20 characters",
+        ),
+        (
+            {"disks": ["a.img", "./a.img,readonly=on"]},
+            "--disk=./a.img is given twice: "
+            "both must have readonly=on for the guest to see it as two disks",
+        ),
+        ({"serial": "tty"}, f"--serial=tty is not a character device: {CHARDEVS}"),
+        ({"serial": "file"}, "--serial: file needs a path: give file:PATH"),
+        ({"console": "unix:"}, "--console: path= is empty: give the path of a file"),
+        ({"serial": "pty:/dev/pts/1"}, "--serial: pty has no path: give pty alone"),
+        (
+            {"serial": "stdio", "console": "stdio"},
+            "--serial and --console are both stdio: "
+            "connect one of them to something else or to none",
+        ),
+        (
+            {"serial": "file:/tmp/log", "console": "file:/tmp/log"},
+            "--serial and --console are both file:/tmp/log: "
+            "connect one of them to something else or to none",
+        ),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    assert error_of(**options) == message
+
+
+def test_no_kernel() -> None:
+    with pytest.raises(UsageError) as error:
+        from_command_line({})
+    assert str(error.value) == (
+        "--kernel is missing: give a Linux kernel (bzImage or vmlinux), "
+        "or host for the newest in /boot"
+    )
+
+
+def test_least_memory_and_huge_pages_that_fit() -> None:
+    assert config(memory="32M").memory == 32 * MIB
+    assert config(memory="514M", hugepages=True).memory == 514 * MIB
+
+
+def test_the_same_image_may_be_read_twice() -> None:
+    assert len(config(disks=["a,readonly=on", "a,readonly=on"]).disks) == 2
+
+
+@pytest.mark.parametrize("text", ["stdio", "pty", "none", "file:/a,b=c:d", "unix:/run/s"])
+def test_character_devices_round_trip(text: str) -> None:
+    assert ChardevConfig.from_text(text, Source()).to_text() == text
+
+
+def test_two_ptys_are_two_devices() -> None:
+    both = config(serial="pty", console="pty")
+    assert both.serial == both.console == ChardevConfig(kind="pty")
+
+
+def test_serial_leaves_stdio_to_the_console() -> None:
+    read = config(console="stdio")
+    assert read.serial == ChardevConfig(kind="none")
+    assert read.console == ChardevConfig(kind="stdio")
+
+
+@pytest.mark.parametrize(
+    ("options", "command_line"),
+    [
+        ({}, "console=ttyS0"),
+        ({"append": "quiet "}, "console=ttyS0 quiet"),
+        ({"append": "console=tty0"}, "console=tty0"),
+        ({"serial": "none"}, ""),
+        ({"console": "stdio"}, "console=hvc0"),
+        ({"console": "pty"}, "console=hvc0 console=ttyS0"),
+        ({"serial": "pty", "console": "stdio"}, "console=ttyS0 console=hvc0"),
+        ({"serial": "file:a", "console": "file:b"}, "console=ttyS0 console=hvc0"),
+        ({"disks": ["a"]}, "console=ttyS0 root=/dev/vda rw"),
+        ({"disks": ["a", "b"], "initrd": "i"}, "console=ttyS0 root=/dev/vda rw"),
+        ({"disks": ["a,readonly=on"]}, "console=ttyS0 root=/dev/vda ro"),
+        ({"disks": ["a"], "append": "root=/dev/vda1 ro"}, "console=ttyS0 root=/dev/vda1 ro"),
+        ({"disks": ["a"], "append": "quiet ro"}, "console=ttyS0 root=/dev/vda rw quiet ro"),
+    ],
+)
+def test_command_line(options: dict[str, object], command_line: str) -> None:
+    assert config(**options).command_line() == command_line
+
+
+def test_options_replace_what_the_file_says(tmp_path: Path) -> None:
+    file = tmp_path / "vm.toml"
+    file.write_text('kernel = "vmlinuz"\nmemory = "1G"\ncpus = 2\ndisks = ["a.img", "b.img"]\n')
+    assert from_command_line({}, str(file)) == VmConfig(
+        kernel=f"{tmp_path}/vmlinuz",
+        memory=1024 * MIB,
+        cpus=2,
+        disks=(DiskConfig(path=f"{tmp_path}/a.img"), DiskConfig(path=f"{tmp_path}/b.img")),
+    )
+    read = from_command_line({"kernel": "host", "disks": ["c.img"], "cpus": "1"}, str(file))
+    assert (read.kernel, read.memory, read.cpus) == ("host", 1024 * MIB, 1)
+    assert read.disks == (DiskConfig(path="c.img"),)
+
+
+def test_tables_and_the_word_host_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "vm.toml"
+    file.write_text(
+        'kernel = "host"\nserial = "unix:sock"\nconsole = {kind = "file", path = "log"}\n'
+        'timeout = 5\n[[disks]]\npath = "a.img"\nreadonly = true\n'
+    )
+    read = from_command_line({}, str(file))
+    assert read.kernel == "host"
+    assert read.serial == ChardevConfig(kind="unix", path=f"{tmp_path}/sock")
+    assert read.console == ChardevConfig(kind="file", path=f"{tmp_path}/log")
+    assert read.timeout == 5.0
+    assert read.disks == (DiskConfig(path=f"{tmp_path}/a.img", readonly=True),)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("memory = 16", "{file}: memory=16 is too small: the least is 32M"),
+        (
+            "cpus = true",
+            "{file}: cpus=True is not a whole number: give a whole number from 1 to 64",
+        ),
+        (
+            '[[disks]]\npath = "a"\n[[disks]]\npath = "b"\nreadonly = "maybe"',
+            "{file}: disks[1]: readonly=maybe is neither on nor off",
+        ),
+        ("kernel = 'k'\nkernel_ = 1", "unknown key 'kernel_' in {file}, did you mean 'kernel'? "),
+        ("kernel = ", "{file} is not valid TOML: "),
+        ("kernel = 'caf\\xe9'", "{file} is not valid TOML: "),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "vm.toml"
+    file.write_bytes(text.encode().replace(b"\\xe9", b"\xe9"))
+    with pytest.raises(UsageError) as error:
+        load_toml(str(file))
+    assert str(error.value).startswith(message.format(file=file))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "no.toml", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(UsageError) as error:
+            load_toml(str(path))
+        assert str(error.value).startswith(f"{path} cannot be read: {reason}")
+
+
+paths = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1).map(
+    "/p".__add__
+)
+chardevs = st.one_of(
+    st.sampled_from(["pty", "none"]).map(lambda kind: ChardevConfig(kind=kind)),
+    st.builds(ChardevConfig, kind=st.sampled_from(["file", "unix"]), path=paths),
+)
+configs = st.builds(
+    VmConfig,
+    kernel=st.one_of(st.just("host"), paths),
+    initrd=st.one_of(st.none(), paths),
+    append=st.text(st.characters(codec="utf-8", exclude_characters="\0")),
+    boot=st.sampled_from(["auto", "bzimage"]),
+    memory=st.integers(16, 1 << 20).map(lambda n: n * 2 * MIB),
+    cpus=st.integers(1, 64),
+    accel=st.sampled_from(["auto", "kvm", "nested"]),
+    hugepages=st.booleans(),
+    rng=st.booleans(),
+    disks=st.lists(
+        st.builds(
+            DiskConfig,
+            path=paths,
+            readonly=st.booleans(),
+            direct=st.booleans(),
+            cache=st.sampled_from(["writeback", "writethrough"]),
+            queues=st.integers(1, 16),
+            queue_size=st.sampled_from([2, 256, 1024]),
+            serial=st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20),
+        ),
+        max_size=3,
+        unique_by=lambda disk: disk.path,
+    ),
+    serial=chardevs,
+    console=st.just(ChardevConfig(kind="stdio")),
+    reboot=st.booleans(),
+    timeout=st.one_of(st.none(), st.floats(0.001, 1e6)),
+)
+
+
+@given(configs)
+def test_every_configuration_round_trips_through_toml(original: VmConfig) -> None:
+    table = tomllib.loads(original.to_toml())
+    assert VmConfig.from_table(table, Source("vm.toml")) == original
