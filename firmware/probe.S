@@ -183,11 +183,11 @@ on_int3:
     iretq
 
 /* Exceptions: `call` pushes an address that tells the vector. */
-    .balign 8
+    .balign 8, 0xcc
 stubs:
     .rept EXCEPTIONS
     call on_exception
-    .balign 8
+    .balign 8, 0xcc
     .endr
 on_exception:
     popq %rax
@@ -201,23 +201,21 @@ on_exception:
     .quad 0
     .endm
 
-    .balign 16
-    .globl idt, idt_end
+    .balign 16, 0xcc
 idt:
     .set number, 0
     .rept EXCEPTIONS
     .if number == 3
     gate on_int3, 0
     .else
-    gate stubs + 8 * number, 0
+    gate (stubs+8*number), 0
     .endif
     .set number, number + 1
     .endr
-    .fill 0x80 - EXCEPTIONS, 16, 0
+    .fill 2 * (0x80 - EXCEPTIONS), 8, 0
     gate on_int80, 3
 idt_end:
 
-    .globl gdt, gdt_end
 gdt:
     .quad 0
     .quad 0x00af9b000000ffff        /* 0x08: ring-0 code, 64 bits */
@@ -226,9 +224,9 @@ gdt:
     .quad 0x00cff3000000ffff        /* 0x20: ring-3 data */
     .quad 0x00affb000000ffff        /* 0x28: ring-3 code, 64 bits */
     .word tss_end - tss - 1, tss    /* 0x30: TSS, busy */
-    .quad 0x00008b00, 0
+    .long 0x8b00
+    .quad 0
 gdt_end:
-    .globl tss, tss_end
 tss:
     .long 0
     .quad KERNEL_STACK              /* RSP0 */
@@ -236,7 +234,6 @@ tss:
 tss_end:
 
     .balign 8
-    .globl step, vector, features
 step:
     .long STEP_START
 vector:
