@@ -22,6 +22,12 @@ struct blk_image {
     bool is_block_device;
 };
 
+/* Whether the file lies on a file system in memory, where nothing waits for a disk. */
+bool blk_image_in_memory(int fd);
+
+/* Whether the regular file of `size` bytes can give space back. */
+bool blk_image_can_punch(int fd, uint64_t size);
+
 enum blk_op { BLK_READ, BLK_WRITE, BLK_FLUSH, BLK_DISCARD, BLK_WRITE_ZEROES };
 
 struct blk_range {
@@ -72,7 +78,7 @@ int blk_io_uring_check(void);
 struct blk_io *blk_io_create(enum blk_engine engine, const struct blk_image *image,
                              uint32_t depth);
 
-/* No request may be in flight. */
+/* No request may be in flight, unless blk_io_wait failed. */
 void blk_io_destroy(struct blk_io *io);
 
 /* Makes blk_io_wait return when the eventfd is signalled from now on (or was before, at least

@@ -1,0 +1,354 @@
+#include "blk_io.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <liburing.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <linux/magic.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "blk_step.h"
+
+/* Of linux/blkdev.h since 6.12; older headers lack it, older kernels answer -EOPNOTSUPP. */
+#ifndef BLOCK_URING_CMD_DISCARD
+#define BLOCK_URING_CMD_DISCARD _IO(0x12, 0)
+#endif
+
+#define IMAGE_FILE 0 /* index in the ring's registered files */
+
+struct blk_io {
+    const struct blk_image *image;
+    enum blk_engine engine;
+    struct blk_methods methods;
+    uint32_t in_flight;
+    struct io_uring ring; /* BLK_ENGINE_IO_URING */
+    int epoll_fd;         /* BLK_ENGINE_SYNC */
+    uint32_t watches;
+    int watched[BLK_IO_MAX_WATCHES];
+};
+
+bool blk_image_in_memory(int fd)
+{
+    struct statfs status;
+
+    if (fstatfs(fd, &status) < 0)
+        return false;
+    return status.f_type == TMPFS_MAGIC || status.f_type == RAMFS_MAGIC ||
+           status.f_type == HUGETLBFS_MAGIC;
+}
+
+bool blk_image_can_punch(int fd, uint64_t size)
+{
+    /* Beyond its end there is nothing to lose. */
+    return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)size, 4096) == 0;
+}
+
+static void finish(struct blk_io *io, struct blk_request *request, int error)
+{
+    assert(io->in_flight > 0);
+    io->in_flight--;
+    request->done(request, error);
+}
+
+/* --- plain system calls ------------------------------------------------------------------- */
+
+static int64_t sync_do(int fd, const struct blk_step *step)
+{
+    uint64_t range[2] = {step->offset, step->length};
+    off_t offset = (off_t)step->offset;
+    int64_t result = -1;
+
+    switch (step->kind) {
+    case BLK_STEP_READ:
+        result = preadv2(fd, step->iov, (int)step->iov_count, offset, 0);
+        break;
+    case BLK_STEP_WRITE:
+        result = pwritev2(fd, step->iov, (int)step->iov_count, offset,
+                          step->stable ? RWF_DSYNC : 0);
+        break;
+    case BLK_STEP_SYNC:
+        result = fdatasync(fd);
+        break;
+    case BLK_STEP_ALLOCATE:
+        result = fallocate(fd, step->mode, offset, (off_t)step->length);
+        break;
+    case BLK_STEP_DISCARD:
+        result = ioctl(fd, BLKDISCARD, range);
+        break;
+    }
+    return result < 0 ? -errno : result;
+}
+
+static void sync_submit(struct blk_io *io, struct blk_request *request)
+{
+    struct blk_step step;
+    int error;
+    enum blk_next next = blk_step_first(io->image, &io->methods, request, &step, &error);
+
+    while (next == BLK_STEP)
+        next = blk_step_next(io->image, &io->methods, request, sync_do(io->image->fd, &step),
+                             &step, &error);
+    finish(io, request, error);
+}
+
+static int sync_wait(struct blk_io *io)
+{
+    struct epoll_event events[BLK_IO_MAX_WATCHES];
+
+    if (epoll_wait(io->epoll_fd, events, BLK_IO_MAX_WATCHES, -1) < 0 && errno != EINTR)
+        return -errno;
+    return 0;
+}
+
+static int sync_watch(struct blk_io *io, int eventfd)
+{
+    /* Edge-triggered, so that nobody has to read the eventfd. */
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET};
+
+    return epoll_ctl(io->epoll_fd, EPOLL_CTL_ADD, eventfd, &event) < 0 ? -errno : 0;
+}
+
+/* --- io_uring ----------------------------------------------------------------------------- */
+
+/* user_data of a watch: its index and this bit, which no request's address has. */
+#define WATCH_TAG 1u
+
+static struct io_uring_sqe *next_sqe(struct blk_io *io)
+{
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&io->ring);
+
+    assert(sqe); /* a request has one entry at a time, and the ring has one for each */
+    return sqe;
+}
+
+static void uring_do(struct blk_io *io, struct blk_request *request, const struct blk_step *step)
+{
+    struct io_uring_sqe *sqe = next_sqe(io);
+    int write_flags = step->stable ? RWF_DSYNC : 0;
+    bool single = step->iov_count == 1 && step->iov->iov_len <= INT32_MAX;
+
+    switch (step->kind) {
+    case BLK_STEP_READ:
+        if (single)
+            io_uring_prep_read(sqe, IMAGE_FILE, step->iov->iov_base,
+                               (unsigned)step->iov->iov_len, step->offset);
+        else
+            io_uring_prep_readv(sqe, IMAGE_FILE, step->iov, step->iov_count, step->offset);
+        break;
+    case BLK_STEP_WRITE:
+        if (single) {
+            io_uring_prep_write(sqe, IMAGE_FILE, step->iov->iov_base,
+                                (unsigned)step->iov->iov_len, step->offset);
+            sqe->rw_flags = write_flags;
+        } else {
+            io_uring_prep_writev2(sqe, IMAGE_FILE, step->iov, step->iov_count, step->offset,
+                                  write_flags);
+        }
+        break;
+    case BLK_STEP_SYNC:
+        io_uring_prep_fsync(sqe, IMAGE_FILE, IORING_FSYNC_DATASYNC);
+        break;
+    case BLK_STEP_ALLOCATE:
+        io_uring_prep_fallocate(sqe, IMAGE_FILE, step->mode, (off_t)step->offset,
+                                (off_t)step->length);
+        break;
+    case BLK_STEP_DISCARD:
+        io_uring_prep_rw(IORING_OP_URING_CMD, sqe, IMAGE_FILE, NULL, 0, 0);
+        sqe->cmd_op = BLOCK_URING_CMD_DISCARD;
+        sqe->addr = step->offset;
+        sqe->addr3 = step->length;
+        break;
+    }
+    io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
+    io_uring_sqe_set_data(sqe, request);
+}
+
+static void uring_submit(struct blk_io *io, struct blk_request *request)
+{
+    struct blk_step step;
+    int error;
+
+    if (blk_step_first(io->image, &io->methods, request, &step, &error) == BLK_STEP)
+        uring_do(io, request, &step);
+    else
+        finish(io, request, error);
+}
+
+/* Multishot, and edge-triggered by default: armed once, it completes at each signal, so that a
+ * notification costs neither a read of the eventfd nor a new submission. */
+static void arm_watch(struct blk_io *io, uint32_t index)
+{
+    struct io_uring_sqe *sqe = next_sqe(io);
+
+    io_uring_prep_poll_multishot(sqe, io->watched[index], EPOLLIN);
+    io_uring_sqe_set_data64(sqe, (uint64_t)index << 1 | WATCH_TAG);
+}
+
+static void uring_complete(struct blk_io *io, uint64_t user_data, int32_t result, uint32_t flags)
+{
+    struct blk_request *request = (struct blk_request *)(uintptr_t)user_data;
+    struct blk_step step;
+    int error;
+
+    if (user_data & WATCH_TAG) {
+        if (!(flags & IORING_CQE_F_MORE)) /* the kernel gave up on it, e.g. short of memory */
+            arm_watch(io, (uint32_t)(user_data >> 1));
+        return;
+    }
+    if (blk_step_next(io->image, &io->methods, request, result, &step, &error) == BLK_STEP)
+        uring_do(io, request, &step);
+    else
+        finish(io, request, error);
+}
+
+static int uring_wait(struct blk_io *io, bool block)
+{
+    struct io_uring_cqe *cqe;
+    unsigned head;
+    unsigned count = 0;
+    int result;
+
+    if (block)
+        result = io_uring_submit_and_wait(&io->ring, 1);
+    else
+        result = io_uring_submit_and_get_events(&io->ring);
+    if (result < 0 && result != -EINTR && result != -EAGAIN && result != -EBUSY)
+        return result;
+    io_uring_for_each_cqe(&io->ring, head, cqe) {
+        uring_complete(io, cqe->user_data, cqe->res, cqe->flags);
+        count++;
+    }
+    io_uring_cq_advance(&io->ring, count);
+    return 0;
+}
+
+/* Creates a ring with the best flags that this kernel has: completions are only processed when we
+ * wait for them (6.1), or at least without interrupting us (5.19). */
+static int init_ring(struct io_uring *ring, uint32_t entries)
+{
+    static const unsigned flags[] = {
+        IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
+        IORING_SETUP_COOP_TASKRUN,
+        0,
+    };
+    int result = -EINVAL;
+
+    for (size_t i = 0; i < sizeof(flags) / sizeof(flags[0]) && result == -EINVAL; i++)
+        result = io_uring_queue_init(entries, ring, flags[i]);
+    if (result < 0)
+        return result;
+    /* Came with 5.13, as multishot poll did, which cannot be asked for by itself. */
+    if (!(ring->features & IORING_FEAT_RSRC_TAGS)) {
+        io_uring_queue_exit(ring);
+        return -ENOSYS;
+    }
+    return 0;
+}
+
+int blk_io_uring_check(void)
+{
+    struct io_uring ring;
+    int result = init_ring(&ring, 1);
+
+    if (result == 0)
+        io_uring_queue_exit(&ring);
+    return result;
+}
+
+static void exit_ring(struct blk_io *io)
+{
+    /* The kernel takes a ring apart later, in the background, and a registered file would live,
+     * with its locks, until then. */
+    io_uring_unregister_files(&io->ring);
+    io_uring_queue_exit(&io->ring);
+}
+
+/* --- both --------------------------------------------------------------------------------- */
+
+static int open_engine(struct blk_io *io, uint32_t depth)
+{
+    int result;
+
+    if (io->engine == BLK_ENGINE_SYNC) {
+        io->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+        return io->epoll_fd < 0 ? -errno : 0;
+    }
+    result = init_ring(&io->ring, depth + BLK_IO_MAX_WATCHES);
+    if (result < 0)
+        return result;
+    result = io_uring_register_files(&io->ring, &io->image->fd, 1);
+    if (result < 0) {
+        io_uring_queue_exit(&io->ring);
+        return result;
+    }
+    io_uring_register_ring_fd(&io->ring); /* since 5.18: a cheaper io_uring_enter */
+    return 0;
+}
+
+struct blk_io *blk_io_create(enum blk_engine engine, const struct blk_image *image,
+                             uint32_t depth)
+{
+    struct blk_io *io = calloc(1, sizeof(*io));
+    int result;
+
+    if (!io)
+        return NULL;
+    io->image = image;
+    io->engine = engine;
+    result = open_engine(io, depth);
+    if (result < 0) {
+        free(io);
+        errno = -result;
+        return NULL;
+    }
+    return io;
+}
+
+void blk_io_destroy(struct blk_io *io)
+{
+    if (!io)
+        return;
+    if (io->engine == BLK_ENGINE_SYNC)
+        close(io->epoll_fd);
+    else
+        exit_ring(io);
+    free(io);
+}
+
+int blk_io_watch(struct blk_io *io, int eventfd)
+{
+    if (io->watches == BLK_IO_MAX_WATCHES)
+        return -ENOSPC;
+    if (io->engine == BLK_ENGINE_SYNC)
+        return sync_watch(io, eventfd);
+    io->watched[io->watches] = eventfd;
+    arm_watch(io, io->watches++);
+    return 0;
+}
+
+void blk_io_submit(struct blk_io *io, struct blk_request *request)
+{
+    io->in_flight++;
+    if (io->engine == BLK_ENGINE_SYNC)
+        sync_submit(io, request);
+    else
+        uring_submit(io, request);
+}
+
+int blk_io_wait(struct blk_io *io, bool block)
+{
+    if (io->engine == BLK_ENGINE_IO_URING)
+        return uring_wait(io, block);
+    return block ? sync_wait(io) : 0;
+}
+
+uint32_t blk_io_in_flight(const struct blk_io *io)
+{
+    return io->in_flight;
+}
