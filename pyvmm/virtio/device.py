@@ -12,10 +12,10 @@ import select
 import threading
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING
 
 from pyvmm.virtio.queue import Chain, RingBrokenError, Virtqueue
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, ClassVar

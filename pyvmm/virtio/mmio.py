@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING
 
 from pyvmm._core import ffi, lib
 from pyvmm.virtio import _generated_uapi as uapi
 from pyvmm.virtio.device import Activation, QueueActivation, log_defect
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any

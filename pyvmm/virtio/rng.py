@@ -6,11 +6,11 @@ The whole device, and the shortest example of one written in Python.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from pyvmm.virtio._generated_uapi import VIRTIO_ID_RNG
 from pyvmm.virtio.device import PythonDevice
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.virtio.queue import Chain, Virtqueue
 

@@ -1,0 +1,341 @@
+"""Character devices: what a guest's serial port or console is connected to on the host.
+
+======== ======================================================================================
+stdio    standard input and output. A terminal is in raw mode and Ctrl-A is the escape key (see
+         ``terminal.py``); anything else passes every byte, and its end is the end of input.
+pty      a new pseudo-terminal. Output is dropped while no program has it open.
+file     output alone; the file is emptied first. Also a FIFO or a device.
+unix     a listening Unix socket (mode 0600), for one client at a time, which may leave and come
+         back. Output is dropped while there is none.
+none     no input; output is dropped.
+======== ======================================================================================
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import stat
+import sys
+import threading
+
+from pyvmm.backends.relay import Relay
+from pyvmm.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+    from typing import Any
+
+    from pyvmm.backends.terminal import RawTerminal
+
+
+class Chardev:
+    """The host's side of a byte stream.
+
+    `input_fd` and `output_fd` (None: there is none) are two descriptors that never block, for one
+    reader and one writer; input can be polled; output may be a regular file, which cannot.
+    They stay the same and open until `close`, before which the device must let go of them.
+    `description` tells the user where to connect; it is empty where that is no question.
+    `on_resize`, if set, is called from another thread when `size` changed.
+    """
+
+    def __init__(self, input_fd: int | None, output_fd: int | None, description: str = "") -> None:
+        self.input_fd = input_fd
+        self.output_fd = output_fd
+        self.description = description
+        self.on_resize: Callable[[], None] | None = None
+
+    def size(self) -> tuple[int, int] | None:
+        """(columns, rows) of the terminal; None where that makes no sense."""
+        return None
+
+    def close(self) -> None:
+        """Delivers what was written, for a second at most, and lets go of the host's side."""
+        if self.output_fd is not None:
+            os.close(self.output_fd)
+
+
+def open_chardev(
+    kind: str, path: str | None = None, *, on_quit: Callable[[], None] | None = None
+) -> Chardev:
+    """The character device `kind` of the table above; `path` is that of a file or unix.
+
+    `on_quit` is called, from another thread, when the user of stdio typed Ctrl-A x.
+    Raises UsageError where the host does not allow it.
+    """
+    match kind:
+        case "none":
+            return Chardev(None, None)
+        case "stdio":
+            return _Stdio(on_quit)
+        case "pty":
+            return _Relayed(_PtyRelay())
+        case "file" if path:
+            return Chardev(None, _open_file(path))
+        case "unix" if path:
+            return _Relayed(_SocketRelay(path))
+    raise ValueError(f"no character device {kind!r}, or its path is missing")
+
+
+def _open_file(path: str) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    try:
+        # Non-blocking for devices and FIFOs; regular files do not know it.
+        return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise UsageError(f"no program reads the FIFO {path}: start one first") from error
+        raise UsageError(f"cannot write console output to {path}: {error.strerror}") from error
+
+
+class _Relayed(Chardev):
+    """A device whose two descriptors are those of a relay."""
+
+    def __init__(self, relay: _PtyRelay | _SocketRelay) -> None:
+        super().__init__(relay.input_fd, relay.output_fd, relay.description)
+        self._relay = relay
+        relay.start()
+
+    def close(self) -> None:
+        self._relay.close()
+
+
+class _PtyRelay(Relay):
+    """The master of a pseudo-terminal. It is hung up while no program has the slave open."""
+
+    def __init__(self) -> None:
+        from pyvmm.backends.terminal import make_raw
+
+        super().__init__("chardev-pty")
+        try:
+            self._master, slave = os.openpty()
+        except OSError as error:
+            raise UsageError(f"cannot create a pseudo-terminal: {error.strerror}") from error
+        os.set_blocking(self._master, False)
+        path = os.ttyname(slave)
+        self.description = f"pseudo-terminal {path}"
+        make_raw(slave)  # else it would echo the guest's output back as input
+        os.close(slave)  # from now on it is hung up
+        # A hung up master polls ready all the time; edges tell when a program comes.
+        self._edges = select.epoll()
+        self._edges.register(self._master, select.EPOLLIN | select.EPOLLET)
+
+    def refresh(self) -> None:
+        poll = select.poll()
+        poll.register(self._master, select.POLLIN)
+        events = dict(poll.poll(0)).get(self._master, 0)
+        hung_up = events & select.POLLHUP
+        self.sink = -1 if hung_up else self._master
+        self.source = -1 if hung_up and not events & select.POLLIN else self._master
+        self.extra = self._edges.fileno() if hung_up else -1
+
+    def extra_ready(self) -> None:
+        self._edges.poll(0)
+
+    def cleanup(self) -> None:
+        self._edges.close()
+        os.close(self._master)
+
+
+class _SocketRelay(Relay):
+    """A listening socket, or the one client that it accepted."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._listener = _listen(path)
+        super().__init__("chardev-unix")
+        self.description = f"socket {path}"
+        self._client: socket.socket | None = None
+        self.extra = self._listener.fileno()
+
+    def extra_ready(self) -> None:
+        try:
+            self._client, _ = self._listener.accept()
+        except OSError:
+            return  # it left before it was accepted
+        self._client.setblocking(False)
+        self.source = self.sink = self._client.fileno()
+        self.extra = -1
+
+    def source_ended(self) -> None:
+        # The client may have shut down its half alone, and still read.
+        self.source = -1
+        self._disconnect()
+
+    def sink_ended(self) -> None:
+        # What the client sent before it left is still to be read.
+        self.sink = -1
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._client is not None and self.source < 0 and self.sink < 0:
+            self._client.close()
+            self._client = None
+            self.extra = self._listener.fileno()
+
+    def cleanup(self) -> None:
+        if self._client is not None:
+            self._client.close()
+        self._listener.close()
+        if os.path.exists(self._path):
+            os.unlink(self._path)
+
+
+def _listen(path: str) -> socket.socket:
+    import socket
+
+    listener = socket.socket(socket.AF_UNIX)
+    listener.setblocking(False)
+    os.fchmod(listener.fileno(), 0o600)  # bind gives the socket's mode to the file
+    try:
+        try:
+            listener.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _is_stale(path):
+                raise
+            os.unlink(path)
+            listener.bind(path)
+        listener.listen(1)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            reason = "it exists and is in use; choose another path"
+        else:
+            reason = error.strerror or str(error)  # "AF_UNIX path too long" has no errno
+        raise UsageError(f"cannot listen on {path}: {reason}") from error
+    return listener
+
+
+def _is_stale(path: str) -> bool:
+    """Whether `path` is a socket that a process left behind."""
+    import socket
+
+    if not stat.S_ISSOCK(os.stat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == errno.ECONNREFUSED
+
+
+class _Stdio(Chardev):
+    """Standard input through a relay; standard output directly where that need not block."""
+
+    def __init__(self, on_quit: Callable[[], None] | None) -> None:
+        own_output = _reopen_stdout()
+        self._relay = _StdioRelay(on_quit, self._resized, with_output=own_output is None)
+        super().__init__(
+            self._relay.input_fd, self._relay.output_fd if own_output is None else own_output
+        )
+        self._own_output = own_output
+        self._relay.start()
+
+    def _resized(self) -> None:
+        if self.on_resize is not None:
+            self.on_resize()
+
+    def size(self) -> tuple[int, int] | None:
+        for fd in (1, 0):
+            if os.isatty(fd):
+                columns, rows = os.get_terminal_size(fd)
+                return (columns, rows) if columns and rows else None
+        return None
+
+    def close(self) -> None:
+        self._relay.close()
+        if self._own_output is not None:
+            os.close(self._own_output)
+
+
+class _StdioRelay(Relay):
+    """Standard input, and standard output where nothing else will do."""
+
+    def __init__(
+        self,
+        on_quit: Callable[[], None] | None,
+        on_resize: Callable[[], None],
+        *,
+        with_output: bool,
+    ) -> None:
+        super().__init__("chardev-stdio", with_output=with_output)
+        self._on_quit = on_quit
+        self._on_resize = on_resize
+        self._terminal: RawTerminal | None = None
+        self._handlers: dict[int, Any] = {}
+        if with_output and sys.__stdout__ is not None:
+            self.sink = 1
+        if sys.__stdin__ is None:  # started with it closed; the number may be another file by now
+            self.end_input()
+        elif os.isatty(0):
+            from pyvmm.backends.terminal import EscapeFilter, RawTerminal
+
+            self._terminal = RawTerminal(0)
+            self._escape = EscapeFilter()
+            self._take_terminal()
+        else:
+            self.source = 0
+        if os.isatty(0) or os.isatty(1):
+            self._wake_on_signals()
+
+    def close(self) -> None:
+        import signal
+
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+        super().close()
+        if self._terminal is not None:
+            self._terminal.restore()
+
+    def _wake_on_signals(self) -> None:
+        """A signal handler must not do the work itself: it interrupts anything."""
+        import signal
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGWINCH, signal.SIGCONT):
+                self._handlers[number] = signal.signal(number, lambda *_: self.wake())
+
+    def _take_terminal(self) -> None:
+        if self._terminal is not None:
+            self.source = 0 if self._terminal.enter() else -1
+
+    def woken(self) -> None:
+        self._take_terminal()
+        self._on_resize()
+
+    def filter(self, data: bytes) -> bytes:
+        if self._terminal is None:
+            return data
+        from pyvmm.backends.terminal import HELP
+
+        data, commands = self._escape.feed(data)
+        for command in commands:
+            if command == "h":
+                os.write(2, HELP)
+            elif self._on_quit is not None:
+                self._on_quit()
+        return data
+
+    def source_ended(self) -> None:
+        self.end_input()
+
+
+def _reopen_stdout() -> int | None:
+    """A descriptor of standard output that never blocks, or None where there cannot be one.
+
+    Standard output itself may be shared with other programs (all those on a terminal), which
+    O_NONBLOCK would upset, so a terminal or pipe is opened anew through /proc.
+    """
+    if sys.__stdout__ is None:
+        return None
+    mode = os.fstat(1).st_mode
+    if stat.S_ISFIFO(mode) or os.isatty(1):
+        try:
+            return os.open(
+                "/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            )
+        except OSError:  # no /proc, another user's terminal, a pipe without a reader
+            return None
+    # Opening a file anew would lose its position.
+    return os.dup(1) if stat.S_ISREG(mode) or stat.S_ISCHR(mode) else None
