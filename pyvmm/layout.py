@@ -1,4 +1,4 @@
-"""The guest-physical address map and the I/O ports: one table that boot, platform and machine share.
+"""The guest-physical address map and the I/O ports, which boot, platform and machine share.
 
 ======================== ==========================================================
 0x0000_0000              RAM, up to 3 GiB (``LOW_RAM_END``)
@@ -34,7 +34,8 @@ COMMAND_LINE = 0x2_0000
 LOW_RAM_USABLE_END = 0x9_FC00
 MP_TABLE = 0x9_FC00
 ACPI_RSDP = 0xE_0000
-ACPI_TABLES_END = 0x10_0000
+ACPI_TABLES_END = 0xF_0000
+MP_CONFIG_TABLE = 0xF_0000
 HIGH_MEMORY_START = 0x10_0000
 
 # I/O ports and their interrupts (GSI numbers).

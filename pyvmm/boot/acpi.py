@@ -8,17 +8,20 @@ ACPI 6.5.
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 from pyvmm import layout
 from pyvmm.boot._generated_aml import DSDT, VIRTIO_MMIO
-from pyvmm.boot.devices import IOAPIC_ID
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pyvmm.boot.devices import VirtioSlot
     from pyvmm.boot.memory import GuestMemory
+
+# What the ID register of KVM's I/O APIC reads. Since the Pentium 4, local APICs have an ID space of
+# their own, so that CPU 0 may have the same number.
+IOAPIC_ID = 0
 
 _OEM_ID = b"PYVMM "
 _CREATOR_ID = b"PYVM"
@@ -61,6 +64,14 @@ _ADDRESS_AT = VIRTIO_MMIO.index(0xB1B2B3B4.to_bytes(4, "little"))
 _GSI_AT = VIRTIO_MMIO.index(0xC1C2C3C4.to_bytes(4, "little"))
 _FLAGS_AT = _GSI_AT - 2
 _SHARED = 1 << 3
+
+
+class VirtioSlot(NamedTuple):
+    """A virtio-mmio register page at ``gpa`` and its interrupt; ``shared``: not alone on it."""
+
+    gpa: int
+    gsi: int
+    shared: bool
 
 
 def build_tables(memory: GuestMemory, *, cpus: int, virtio: Sequence[VirtioSlot]) -> int:
