@@ -47,7 +47,7 @@ class Port:
     """
 
     def __init__(
-        self, console: Console, stream: ByteStream, on_output: Callable[[bytes], None] | None
+        self, console: VirtioConsole, stream: ByteStream, on_output: Callable[[bytes], None] | None
     ) -> None:
         self._console = console
         self._input_fd = stream.input_fd
@@ -143,7 +143,7 @@ class Port:
         self._watching_output = on
 
 
-class Console(PythonDevice):
+class VirtioConsole(PythonDevice):
     """A console whose port 0 is `stream`.
 
     The window size is offered if the stream has one. ``on_output(data)`` is called, on the

@@ -71,8 +71,7 @@ class VirtioDevice(ABC):
     features: int = 0
 
     def __init__(self) -> None:
-        self._on_config_changed: Callable[[], None] = _nobody
-        self._on_needs_reset: Callable[[], None] = _nobody
+        self.detach()
 
     def read_config(self) -> bytes:
         """The whole configuration space, always of one length. Any thread."""
@@ -98,9 +97,13 @@ class VirtioDevice(ABC):
     def attach(
         self, on_config_changed: Callable[[], None], on_needs_reset: Callable[[], None]
     ) -> None:
-        """The transport that has the device wants to know when one of the two is called."""
+        """A transport has the device now: what `config_changed` and `needs_reset` call."""
         self._on_config_changed = on_config_changed
         self._on_needs_reset = on_needs_reset
+
+    def detach(self) -> None:
+        """No transport has the device: there is no driver to tell."""
+        self.attach(_nobody, _nobody)
 
     def config_changed(self) -> None:
         """Tells the driver that `read_config` returns something new. Any thread."""
@@ -164,9 +167,7 @@ class PythonDevice(VirtioDevice):
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._epoll.register(self._stop_fd, select.EPOLLIN)
-        self._thread = threading.Thread(
-            target=self._run, name=f"virtio-{type(self).__name__.lower()}", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
         self._thread.start()
 
     def deactivate(self) -> None:

@@ -175,13 +175,17 @@ class MmioTransport:
             self._reset()
 
     def close(self) -> None:
-        """Stops the device and closes the kicks; the page is not touched any more."""
+        """Stops the device, closes the kicks and lets go of the page.
+
+        The guest must have stopped; the transport is of no use any more, but the device is.
+        """
         with self._driver_lock:
             self._reset()
-            self.device.attach(lambda: None, lambda: None)
+            self.device.detach()
             for kick in self.kicks:
                 os.close(kick)
-            self.kicks = []
+            self._bytes.release()
+            ffi.release(self._registers)
 
     # Registers
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 REQUEST_LIMIT = 64 << 10
 
 
-class Rng(PythonDevice):
+class VirtioRng(PythonDevice):
     """Fills each buffer of its one queue with random bytes."""
 
     device_id = VIRTIO_ID_RNG

@@ -173,6 +173,11 @@ class MmioDriver:
         """What the device wrote to the next `count` chains that it returns."""
         queue = self.queues[index]
         assert queue is not None
-        used: list[bytes] = []
-        wait_until(lambda: used.extend(u.data for u in queue.collect()) or len(used) >= count)
-        return used
+        replies: list[bytes] = []
+
+        def collected() -> bool:
+            replies.extend(used.data for used in queue.collect())
+            return len(replies) >= count
+
+        wait_until(collected)
+        return replies

@@ -8,12 +8,12 @@ import pytest
 from support.mmio_driver import VRING, MmioDriver
 
 from pyvmm.virtio._generated_uapi import VIRTIO_MMIO_DEVICE_ID
-from pyvmm.virtio.rng import REQUEST_LIMIT, Rng
+from pyvmm.virtio.rng import REQUEST_LIMIT, VirtioRng
 
 
 @pytest.fixture
 def driver() -> Iterator[MmioDriver]:
-    with MmioDriver(Rng()) as driver:
+    with MmioDriver(VirtioRng()) as driver:
         driver.start()
         yield driver
 
