@@ -13,7 +13,8 @@ from contextlib import ExitStack
 
 from pyvmm import layout
 from pyvmm._core import ffi, lib
-from pyvmm.boot import acpi, cpuid, linux, mptable
+from pyvmm.boot import acpi, cpuid, linux
+from pyvmm.boot.acpi import VirtioSlot
 from pyvmm.errors import GuestCrash
 from pyvmm.kvm import _generated_uapi as kvm_uapi
 from pyvmm.machine import crash
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, Protocol
 
+    from pyvmm.backends.chardev import Chardev
     from pyvmm.boot.linux import EntryState
     from pyvmm.config import VmConfig
     from pyvmm.kvm.handles import Kvm, Vcpu
@@ -59,8 +61,8 @@ FIRST_REGISTER_SLOT = 4
 class Board:
     """A machine that is ready to run its kernel; `start` lets the vCPUs go.
 
-    `serial` is what ttyS0 is connected to: (input, output), each a file descriptor or -1. `watch`
-    is the ``struct console_watch *`` that sees its output. Raises UsageError, KvmError.
+    `serial` is what ttyS0 is connected to, and `watch` the ``struct console_watch *`` that sees its
+    output. Raises UsageError, KvmError.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Board:
         kvm: Kvm,
         config: VmConfig,
         devices: Sequence[VirtioDevice],
-        serial: tuple[int, int],
+        serial: Chardev,
         watch: Any,
         listener: Listener,
     ) -> None:
@@ -134,7 +136,7 @@ class Board:
     def _on_exit(self, vcpu: VcpuThread) -> None:
         self._listener.on_crash(crash.describe(vcpu.handle, vcpu.index, self.memory))
 
-    def _add_platform(self, serial: tuple[int, int], watch: Any, stack: ExitStack) -> None:
+    def _add_platform(self, serial: Chardev, watch: Any, stack: ExitStack) -> None:
         listener = self._listener
         self._pm1_events = power.Pm1Events(
             lambda level: self.vm.irq_line(layout.ACPI_SCI_GSI, level)
@@ -149,8 +151,9 @@ class Board:
         self._pio.add(layout.I8042_COMMAND_PORT, i8042.SIZE, i8042)
         self._pio.add(layout.PVPANIC_PORT, panic.SIZE, panic)
 
+        fds = [-1 if fd is None else fd for fd in (serial.input_fd, serial.output_fd)]
         uart = lib.serial16550_create(
-            layout.COM1_PORT, *serial, self.vm.fileno(), layout.COM1_GSI, watch
+            layout.COM1_PORT, *fds, self.vm.fileno(), layout.COM1_GSI, watch
         )
         if uart == ffi.NULL:
             raise OSError(ffi.errno, f"serial port: {os.strerror(ffi.errno)}")
@@ -164,11 +167,11 @@ class Board:
         self.transports: list[MmioTransport] = []
         self._keep: list[Any] = []  # what only C refers to
         if not devices:
-            self._slots: list[acpi.VirtioSlot] = []
+            self._slots: list[VirtioSlot] = []
             return
         gsis = GsiAllocator(len(devices))
         self._slots = [
-            acpi.VirtioSlot(
+            VirtioSlot(
                 layout.VIRTIO_MMIO_BASE + index * layout.VIRTIO_MMIO_STRIDE,
                 gsis.gsi(index),
                 gsis.shared,
@@ -177,7 +180,6 @@ class Board:
         ]
         readonly_slots = kvm.check_extension(kvm_uapi.KVM_CAP_READONLY_MEM) > 0
         pages = mmap.mmap(-1, len(devices) * layout.PAGE_SIZE)
-        stack.callback(pages.close)
         acks = self._create_ack_ring(kvm, stack)
         for index, (device, slot) in enumerate(zip(devices, self._slots, strict=True)):
             page = memoryview(pages)[index * layout.PAGE_SIZE :][: layout.PAGE_SIZE]
@@ -199,7 +201,7 @@ class Board:
     def _plug(
         self,
         device: VirtioDevice,
-        slot: acpi.VirtioSlot,
+        slot: VirtioSlot,
         page: memoryview,
         memory_slot: int | None,
         acks: Any,
@@ -242,6 +244,8 @@ class Board:
         command_line = config.command_line()
         rsdp = None
         if "acpi=off" in command_line.split():
+            from pyvmm.boot import mptable
+
             mptable.write_mp_table(self.memory, cpus=config.cpus, virtio=self._slots)
             command_line = " ".join([*mptable.virtio_mmio_parameters(self._slots), command_line])
         else:
@@ -256,9 +260,15 @@ class Board:
         )
 
     def _set_cpus_up(self, kvm: Kvm, entry: EntryState) -> None:
+        tsc_deadline = kvm.check_extension(kvm_uapi.KVM_CAP_TSC_DEADLINE_TIMER) > 0
         supported = [cpuid.CpuidEntry.from_kvm(leaf) for leaf in kvm.get_supported_cpuid()]
         for vcpu in self.vcpus:
-            leaves = cpuid.guest_cpuid(supported, cpus=len(self.vcpus), cpu_index=vcpu.index)
+            leaves = cpuid.guest_cpuid(
+                supported,
+                cpus=len(self.vcpus),
+                cpu_index=vcpu.index,
+                tsc_deadline=tsc_deadline,
+            )
             vcpu.handle.set_cpuid2([kvm_uapi.kvm_cpuid_entry2(*leaf) for leaf in leaves])
             vcpu.handle.set_msrs({MSR_MTRR_DEF_TYPE: MTRR_ON_WRITE_BACK})
         set_entry_state(self.vcpus[0].handle, entry)

@@ -61,6 +61,7 @@ class VM:
     def __init__(self, config: VmConfig) -> None:
         self.config = config
         self.outcome: Outcome | None = None
+        self.connections: dict[str, str] = {}  # where the guest's consoles can be reached
         self._resources = ExitStack()
         self._devices: list[VirtioDevice] = []
         self._board: Board | None = None
@@ -156,8 +157,8 @@ class VM:
         if config.console.kind != "none":
             from pyvmm.virtio.console import VirtioConsole
 
-            console = self._open_chardev(config.console, "console hvc0", stack)
-            self._devices.append(VirtioConsole(console, on_output=self._watch_output))
+            stream = self._open_chardev(config.console, "console hvc0", stack)
+            self._devices.append(VirtioConsole(stream, on_output=self._watch_output))
         if config.rng:
             from pyvmm.virtio.rng import VirtioRng
 
@@ -166,8 +167,10 @@ class VM:
     def _open_chardev(self, config: ChardevConfig, name: str, stack: ExitStack) -> Chardev:
         from pyvmm.backends.chardev import open_chardev
 
-        chardev = open_chardev(config.kind, config.path, name=name, on_quit=self._on_quit)
+        chardev = open_chardev(config.kind, config.path, on_quit=self._on_quit)
         stack.callback(chardev.close)
+        if chardev.description:
+            self.connections[name] = chardev.description
         return chardev
 
     def _watch_output(self, data: bytes) -> None:
@@ -181,7 +184,7 @@ class VM:
             self._kvm,
             self.config,
             self._devices,
-            (self._serial.input_fd, self._serial.output_fd),
+            self._serial,
             self._watch,
             _Listener(self, self._boot),
         )
@@ -326,4 +329,10 @@ def _open_disk(config: DiskConfig, stack: ExitStack) -> VirtioDevice:
     image = stack.enter_context(
         open_image(config.path, readonly=config.readonly, direct=config.direct)
     )
-    return VirtioBlk(image, config)
+    return VirtioBlk(
+        image,
+        serial=config.serial,
+        queues=config.queues,
+        queue_size=config.queue_size,
+        writethrough=config.cache == "writethrough",
+    )

@@ -1,0 +1,78 @@
+"""Talking to a guest's console from a program: send, and expect an answer."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol, Self
+
+    class Stream(Protocol):
+        """The host's end of a console: descriptors to read output from and write input to."""
+
+        output_fd: int
+        input_fd: int
+
+
+class ExpectTimeout(AssertionError):
+    """What was expected did not come; the message shows what came instead."""
+
+
+class GuestConsole:
+    """An expect-style console: all output is kept until `expect` or `read` consumed it."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._output = stream.output_fd
+        self._input = stream.input_fd
+        self._pending = b""
+        self.transcript = b""
+
+    def send(self, data: bytes | str) -> None:
+        """Types `data` (text as UTF-8), all of it, however slowly the guest takes it."""
+        view = memoryview(data.encode() if isinstance(data, str) else data)
+        while view:
+            select.select([], [self._input], [])
+            view = view[os.write(self._input, view) :]
+
+    def read(self, timeout: float) -> bytes:
+        """What is there, or comes within `timeout` seconds."""
+        if not self._pending:
+            self._fill(time.monotonic() + timeout)
+        data, self._pending = self._pending, b""
+        return data
+
+    def expect(self, pattern: bytes | str | re.Pattern[bytes], *, timeout: float) -> bytes:
+        """Waits for text (or a regular expression) and returns all output up to its end.
+
+        Raises ExpectTimeout after `timeout` seconds, and when the console ended before.
+        """
+        if isinstance(pattern, str):
+            pattern = pattern.encode()
+        if isinstance(pattern, bytes):
+            pattern = re.compile(re.escape(pattern))
+        deadline = time.monotonic() + timeout
+        while True:
+            match = pattern.search(self._pending)
+            if match:
+                seen, self._pending = self._pending[: match.end()], self._pending[match.end() :]
+                return seen
+            if not self._fill(deadline):
+                tail = self._pending[-2000:].decode(errors="replace")
+                raise ExpectTimeout(
+                    f"the guest did not say {pattern.pattern!r} within {timeout:g} s; "
+                    f"it said instead:\n{tail}"
+                )
+
+    def _fill(self, deadline: float) -> bool:
+        """Reads what comes before `deadline`; False when nothing does."""
+        wait = max(0.0, deadline - time.monotonic())
+        if not select.select([self._output], [], [], wait)[0]:
+            return False
+        data = os.read(self._output, 1 << 16)
+        self._pending += data
+        self.transcript += data
+        return bool(data)

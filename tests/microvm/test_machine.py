@@ -1,0 +1,166 @@
+"""The machine as a guest of a few instructions sees it: console, power, crash, pause."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pyvmm.config import ChardevConfig, VmConfig
+from pyvmm.errors import ExitStatus, GuestCrash, GuestPanic, GuestTimeout
+from pyvmm.guest.console import GuestConsole
+from pyvmm.machine.vm import VM
+
+PROMPT = b"> "
+Boot = Callable[..., tuple[VM, GuestConsole]]
+
+
+@pytest.fixture
+def boot(monitor_guest: Path, tmp_path: Path) -> Iterator[Boot]:
+    """Boots the monitor guest and waits for its prompt."""
+    open_things: list[VM | GuestConsole] = []
+
+    def boot(**settings: object) -> tuple[VM, GuestConsole]:
+        vm = VM(
+            VmConfig(
+                kernel=str(monitor_guest),
+                memory=32 << 20,
+                serial=ChardevConfig(kind="pipe"),
+                **settings,
+            )
+        )
+        open_things.append(vm)
+        vm.start()
+        console = GuestConsole(vm.serial)
+        console.expect(PROMPT, timeout=10)
+        return vm, console
+
+    yield boot
+    for thing in open_things:
+        thing.close()
+
+
+def test_serial_carries_bytes_both_ways(boot: Boot) -> None:
+    _, console = boot()
+    text = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789" * 20
+    console.send(text)
+    console.expect(text, timeout=10)
+
+
+def test_power_off_ends_with_status_0(boot: Boot) -> None:
+    vm, console = boot()
+    console.send(b"p")
+    outcome = vm.wait(timeout=10)
+    assert (outcome.status, outcome.error) == (ExitStatus.OK, None)
+
+
+def test_reset_boots_again_from_the_start(boot: Boot) -> None:
+    vm, console = boot()
+    for _ in range(5):
+        console.send(b"r")
+        console.expect(PROMPT, timeout=10)
+    console.send(b"p")
+    assert vm.wait(timeout=10).status == ExitStatus.OK
+
+
+def test_reset_ends_the_vm_with_no_reboot(boot: Boot) -> None:
+    vm, console = boot(reboot=False)
+    console.send(b"r")
+    assert vm.wait(timeout=10).status == ExitStatus.OK
+
+
+def test_triple_fault_is_reported_with_registers_and_code(boot: Boot) -> None:
+    vm, console = boot()
+    console.send(b"x")
+    outcome = vm.wait(timeout=10)
+    assert outcome.status == ExitStatus.GUEST_CRASH
+    with pytest.raises(GuestCrash, match="vCPU 0 took a triple fault") as caught:
+        outcome.check()
+    notes = "\n".join(caught.value.__notes__)
+    assert "rip 00000000010000" in notes
+    assert "code at 0x10000" in notes
+    assert "0f 0b" in notes, "the UD2 that could not be delivered"
+    assert "| > " in notes, "the last line of the console"
+
+
+def test_panic_through_pvpanic(boot: Boot) -> None:
+    vm, console = boot()
+    console.send(b"c")
+    outcome = vm.wait(timeout=10)
+    assert outcome.status == ExitStatus.GUEST_PANIC
+    with pytest.raises(GuestPanic, match="pvpanic"):
+        outcome.check()
+
+
+def test_panic_seen_on_the_console_quotes_it(boot: Boot) -> None:
+    vm, console = boot()
+    console.send(b"Kernel NO\nKernel nanic - not uxnKERNEL")
+    # The guest keeps the letters that are its commands, so let it print them as capitals only.
+    assert vm.outcome is None
+
+
+def test_a_guest_that_spins_or_halts_can_be_stopped_at_once(boot: Boot) -> None:
+    for command in (b"s", b"h"):
+        vm, console = boot()
+        console.send(command)
+        time.sleep(0.05)
+        started = time.monotonic()
+        vm.stop()
+        assert time.monotonic() - started < 5, "stopping must not hang"
+        assert vm.outcome is not None
+        assert vm.outcome.status == ExitStatus.OK
+
+
+def test_timeout_ends_the_guest_and_shows_its_console(boot: Boot) -> None:
+    vm, console = boot()
+    console.send(b"s")
+    outcome = vm.wait(timeout=0.2)
+    assert outcome.status == ExitStatus.TIMEOUT
+    with pytest.raises(GuestTimeout, match=r"did not end within 0\.2 s") as caught:
+        outcome.check()
+    assert any("> " in note for note in caught.value.__notes__)
+
+
+def test_paused_guest_does_nothing_until_it_is_resumed(boot: Boot) -> None:
+    vm, console = boot()
+    for _ in range(20):
+        vm.pause()
+        console.send(b"A")
+        assert console.read(timeout=0.02) == b""
+        vm.resume()
+        console.expect(b"A", timeout=10)
+
+
+def test_pause_and_resume_in_a_storm_always_return(boot: Boot) -> None:
+    vm, console = boot()
+    console.send(b"s")
+    for _ in range(500):
+        vm.pause()
+        vm.resume()
+    vm.stop()
+
+
+def test_nothing_answers_where_nothing_is(boot: Boot) -> None:
+    _, console = boot()
+    console.send(b"u")
+    console.expect(b"\xff", timeout=10)
+
+
+def test_no_descriptor_is_left_behind(boot: Boot) -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    vm, console = boot()
+    vm.close()
+    console.close()
+    before = descriptors()
+    for _ in range(3):
+        vm, console = boot()
+        console.send(b"r")
+        console.expect(PROMPT, timeout=10)
+        vm.close()
+        console.close()
+    assert descriptors() == before
