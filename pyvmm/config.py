@@ -45,7 +45,7 @@ class DiskConfig(Record, implied="path"):
     cache: str = setting(
         Choice("writeback", "writethrough"),
         default="writeback",
-        help="when a write is done: in the cache until the guest flushes, or on the medium",
+        help="write to the host's cache until a flush, or through it",
     )
     queues: int = setting(Integer(1, 16), default=1, help="virtqueues, as a rule one per CPU")
     queue_size: int = setting(
@@ -57,10 +57,10 @@ class DiskConfig(Record, implied="path"):
 
 
 CHARDEVS = {
-    "stdio": "this terminal, or whatever standard input and output are",
-    "pty": "a new pseudo-terminal, whose name is printed",
+    "stdio": "standard input and output; on a terminal, Ctrl-A h shows the keys",
+    "pty": "a new pseudo-terminal; its name is printed",
     "file:PATH": "a file that gets the output; there is no input",
-    "unix:PATH": "a Unix socket that pyvmm listens on",
+    "unix:PATH": "a Unix socket to listen on, for one client at a time",
     "none": "nothing: the device is not there",
 }
 

@@ -1,0 +1,5 @@
+"""``python -m pyvmm``: the same as the ``pyvmm`` command."""
+
+from pyvmm.cli import main
+
+raise SystemExit(main())
