@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,9 +27,11 @@ def test_unknown_names() -> None:
 
 
 def test_importing_it_imports_nothing() -> None:
+    # -S: the finder of an editable install imports a good deal.
     code = (
-        "import sys; before = set(sys.modules); import pyvmm; "
-        "print(*sorted(set(sys.modules) - before - {'__future__'}))"
+        f"import sys; sys.path.insert(0, {str(Path.cwd())!r}); before = set(sys.modules); "
+        "import pyvmm; print(*sorted(set(sys.modules) - before - {'__future__'}))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    interpreter = [sys.executable, "-I", "-S", "-c"]
+    result = subprocess.run([*interpreter, code], capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("pyvmm\n", "")
