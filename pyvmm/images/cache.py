@@ -30,7 +30,9 @@ def entry(name: str, make: Callable[[Path], None]) -> Path:
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(final.name + ".partial")
-    with final.with_name(final.name + ".lock").open("w") as lock:
+    locks = root() / "locks"
+    locks.mkdir(exist_ok=True)
+    with (locks / name.replace("/", "-")).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if final.is_dir():
             return final

@@ -65,6 +65,11 @@ class Modules:
             self._loaded[name] = Module(name, data, tuple(depends), tuple(_modinfo(data, "alias")))
         return self._loaded[name]
 
+    def dependencies(self, name: str) -> list[str]:
+        """All that ``name`` needs, itself left out, in the order of ``modules.dep``: the last is
+        loaded first."""
+        return [module.name for module in reversed(self.with_dependencies([name])[:-1])]
+
     def with_dependencies(self, names: Iterable[str]) -> list[Module]:
         """The modules ``names`` and all that they need, each after what it depends on.
 
