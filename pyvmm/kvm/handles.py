@@ -104,19 +104,21 @@ class Kvm(_Handle):
     __slots__ = ("vcpu_mmap_size",)
 
     def __init__(self, path: str = "/dev/kvm") -> None:
-        from pyvmm.kvm import diagnosis
-
         self.fd = -1
         try:
             super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
-            raise NoKvmError(diagnosis.why_not_open(path, error)) from None
+            from pyvmm.kvm.diagnosis import why_not_open
+
+            raise NoKvmError(why_not_open(path, error)) from None
         try:
             version = self._ioctl("KVM_GET_API_VERSION")
             self.vcpu_mmap_size = self._ioctl("KVM_GET_VCPU_MMAP_SIZE")
         except KvmError as error:
+            from pyvmm.kvm.diagnosis import why_not_kvm
+
             self.close()
-            raise NoKvmError(diagnosis.why_not_kvm(path, error.errno)) from None
+            raise NoKvmError(why_not_kvm(path, error.errno)) from None
         if version != uapi.KVM_API_VERSION:
             self.close()
             raise NoKvmError(
