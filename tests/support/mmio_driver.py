@@ -9,13 +9,12 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
-from support.fake_driver import FakeDriver, ring_config
-from support.native_ring import native_memory
-
 from pyvmm.virtio import _generated_uapi as uapi
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.reference import Buffer, GuestMemory
+from support.fake_driver import FakeDriver, ring_config
+from support.native_ring import native_memory
 
 BASE = 0xD000_0000
 RAM_SIZE = 1 << 20
@@ -103,14 +102,14 @@ class MmioDriver:
 
     def set_up_queue(self, index: int, features: int, size: int = 16) -> FakeDriver:
         """Puts the rings of a queue into memory and makes it ready."""
+        self.write(uapi.VIRTIO_MMIO_QUEUE_SEL, index)
+        size = min(size, self.read(uapi.VIRTIO_MMIO_QUEUE_NUM_MAX))
         config = ring_config(
             size,
             index * QUEUE_AREA,
             event_idx=bool(features & 1 << uapi.VIRTIO_RING_F_EVENT_IDX),
             indirect=bool(features & 1 << uapi.VIRTIO_RING_F_INDIRECT_DESC),
         )
-        self.write(uapi.VIRTIO_MMIO_QUEUE_SEL, index)
-        assert self.read(uapi.VIRTIO_MMIO_QUEUE_NUM_MAX) >= size
         self.write_ring(size, config.desc_gpa, config.avail_gpa, config.used_gpa)
         self.write(uapi.VIRTIO_MMIO_QUEUE_READY, 1)
         assert self.read(uapi.VIRTIO_MMIO_QUEUE_READY) == 1
@@ -164,6 +163,11 @@ class MmioDriver:
         status = self.read(uapi.VIRTIO_MMIO_INTERRUPT_STATUS)
         self.write(uapi.VIRTIO_MMIO_INTERRUPT_ACK, status)
         return status
+
+    def forget_interrupts(self) -> None:
+        """Drops what the eventfd counted so far."""
+        if self.was_interrupted():
+            os.eventfd_read(self.irqfd)
 
     def was_interrupted(self) -> bool:
         """Whether an interrupt is waiting; none is taken."""
