@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from ctypes import CDLL, Structure, byref, c_int, c_uint32, c_uint64, c_ulong, c_void_p, get_errno
 from mmap import mmap
 
@@ -51,13 +52,16 @@ def _table(header: type[Structure], entry: type[Any], entries: Sequence[Any] | i
 class _Handle:
     """An owned file descriptor; ``close`` may be called any number of times."""
 
-    __slots__ = ("fd",)
+    fd = -1
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
     def close(self) -> None:
         """Gives the descriptor back; the kernel object lives on while others refer to it."""
+        self._close_fd()
+
+    def _close_fd(self) -> None:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -72,7 +76,7 @@ class _Handle:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        self._close_fd()
 
     def _ioctl(self, name: str, argument: int | Structure | c_uint64 = 0) -> int:
         """The ioctl called `name`; it may write to a structure."""
@@ -101,10 +105,7 @@ class Kvm(_Handle):
     Raises NoKvmError when there is none, it may not be opened, or it is not KVM.
     """
 
-    __slots__ = ("vcpu_mmap_size",)
-
     def __init__(self, path: str = "/dev/kvm") -> None:
-        self.fd = -1
         try:
             super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
@@ -153,8 +154,6 @@ class Kvm(_Handle):
 
 class Vm(_Handle):
     """A virtual machine; made by ``Kvm.create_vm``."""
-
-    __slots__ = ("_vcpu_mmap_size",)
 
     def __init__(self, kvm: Kvm, fd: int) -> None:
         super().__init__(fd)
@@ -260,14 +259,18 @@ class Vcpu(_Handle):
     """A virtual CPU; made by ``Vm.create_vcpu``.
 
     `run_buffer` is its shared mapping: ``struct kvm_run`` and, where KVM has it, the ring of
-    coalesced MMIO. It is unmapped when the last reference to it goes.
+    coalesced MMIO.
     """
-
-    __slots__ = ("run_buffer",)
 
     def __init__(self, fd: int, mmap_size: int) -> None:
         super().__init__(fd)
         self.run_buffer = mmap(fd, mmap_size)
+
+    def close(self) -> None:
+        """Gives descriptor and mapping back; the mapping stays while there are views of it."""
+        self._close_fd()
+        with suppress(BufferError):
+            self.run_buffer.close()
 
     @property
     def run(self) -> uapi.kvm_run:

@@ -11,6 +11,7 @@ import pytest
 
 from pyvmm.kvm import _generated_probe as guest
 from pyvmm.kvm import probe as probe_module
+from pyvmm.kvm._generated_uapi import kvm_cpuid_entry2
 from pyvmm.kvm.probe import FAILURES, probe
 
 JMP_SELF = b"\xeb\xfe"
@@ -102,9 +103,7 @@ def test_steps_that_the_cpu_lacks_are_left_out() -> None:
     )
 
 
-def _leaf(function: int, **registers: int) -> object:
-    from pyvmm.kvm._generated_uapi import kvm_cpuid_entry2
-
+def _leaf(function: int, **registers: int) -> kvm_cpuid_entry2:
     return kvm_cpuid_entry2(function=function, **registers)
 
 
