@@ -61,19 +61,21 @@ CHARDEVS = {
     "pty": "a new pseudo-terminal; its name is printed",
     "file:PATH": "a file that gets the output; there is no input",
     "unix:PATH": "a Unix socket to listen on, for one client at a time",
-    "none": "nothing: the device is not there",
+    "none": "nothing",
 }
 
 
 class ChardevConfig(Record):
     """What a serial port or console is connected to on the host; ``CHARDEVS`` says what there is.
 
-    As text: ``stdio``, ``pty``, ``file:PATH``, ``unix:PATH`` or ``none``.
+    As text: ``stdio``, ``pty``, ``file:PATH``, ``unix:PATH`` or ``none``; and, for Python programs
+    alone, ``pipe``, the other ends of which are ``VM.serial`` or ``VM.console``.
     """
 
     metavar = "|".join(CHARDEVS)
     kind: str = setting(
-        Choice(*(each.removesuffix(":PATH") for each in CHARDEVS)), help="what it is connected to"
+        Choice(*(each.removesuffix(":PATH") for each in CHARDEVS), "pipe"),
+        help="what it is connected to",
     )
     path: str | None = setting(Path(), default=None, help="the path of the file or socket")
 
@@ -88,7 +90,7 @@ class ChardevConfig(Record):
     @classmethod
     def from_text(cls, text: str, source: Source) -> Self:
         kind, colon, path = text.partition(":")
-        if kind not in CHARDEVS and f"{kind}:PATH" not in CHARDEVS:
+        if kind not in (*CHARDEVS, "pipe") and f"{kind}:PATH" not in CHARDEVS:
             raise UsageError(
                 f"{source.place}={text} is not a character device: give {any_of(CHARDEVS)}"
             )
@@ -177,7 +179,7 @@ class VmConfig(Record):
         if self.serial is None:
             on_stdio = self.console.kind == "stdio"
             self.__dict__["serial"] = _NOWHERE if on_stdio else _STDIO
-        if self.serial == self.console and self.serial.kind not in ("none", "pty"):
+        if self.serial == self.console and self.serial.kind not in ("none", "pty", "pipe"):
             raise UsageError(
                 f"{name['serial']} and {name['console']} are both {self.serial.to_text()}: "
                 "connect one of them to something else or to none"
@@ -246,4 +248,8 @@ def from_command_line(options: Mapping[str, object], config_file: str | None = N
     settings = load_toml(config_file) if config_file else {}
     command_line = Source(flags=True)
     settings.update(VmConfig.read(options, command_line))
-    return VmConfig.from_table(settings, command_line)
+    config = VmConfig.from_table(settings, command_line)
+    for name in ("serial", "console"):
+        if getattr(config, name).kind == "pipe":
+            raise UsageError(f"--{name}=pipe is for Python programs: give {any_of(CHARDEVS)}")
+    return config

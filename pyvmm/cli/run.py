@@ -82,7 +82,8 @@ _RUN_OPTIONS = (
     Option(
         "--image",
         "image",
-        "boot an image of 'pyvmm images' (built on first use): its kernel, initrd and disk",
+        "boot an image of 'pyvmm images' (built on first use): its kernel, its initrd and a copy "
+        "of its disk that is thrown away at the end",
         group="boot",
         metavar="NAME",
     ),
@@ -202,16 +203,15 @@ def run(args: Arguments | argparse.Namespace) -> int:
     dry_run = given.pop("dry_run", False)
     config_file = given.pop("config", None)
     image = given.pop("image", None)
+    own_disk = image is not None and "disks" not in given
     if image is not None:
-        from pyvmm.images import boot_settings
-
-        given = {**boot_settings(image), **given}
+        given = {**_image_settings(image), **given}
     config = from_command_line(given, config_file)
     if dry_run:
         return _show(config)
     reason = _why_nested(config)
     if reason is None:
-        return _run_here(config)
+        return _run_on_copy(config) if own_disk and config.disks else _run_here(config)
     _check_files(config)
     if config.accel == "auto":
         print(
@@ -219,6 +219,14 @@ def run(args: Arguments | argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return _run_nested(config, argv)
+
+
+def _image_settings(name: str) -> dict[str, object]:
+    from pyvmm.images import path
+
+    image = path(name)
+    disks = [] if image.disk is None else [image.disk]
+    return {"kernel": image.kernel, "initrd": image.initrd, "disks": disks}
 
 
 def _show(config: VmConfig) -> int:
@@ -285,6 +293,15 @@ def _run_nested(config: VmConfig, argv: Sequence[str]) -> int:
     # As `python -m pyvmm` would, without the time that runpy takes in an emulated machine.
     main = "import sys; from pyvmm.cli import main; sys.exit(main())"
     return run_nested([sys.executable, "-P", "-c", main, "run", *argv, "--accel=kvm"], machine)
+
+
+def _run_on_copy(config: VmConfig) -> int:
+    """Runs an image of the cache, which all share, without changing it."""
+    from pyvmm.images.scratch import scratch_copy
+
+    (disk,) = config.disks
+    with scratch_copy(disk.path) as copy:
+        return _run_here(config.replace(disks=[disk.replace(path=copy)]))
 
 
 def _run_here(config: VmConfig) -> int:

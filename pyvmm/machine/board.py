@@ -252,7 +252,7 @@ class Board:
             rsdp = acpi.build_tables(self.memory, cpus=config.cpus, virtio=self._slots)
         return linux.load_kernel(
             self.memory,
-            config.kernel,
+            linux.resolve_kernel(config.kernel),
             config.initrd,
             command_line,
             boot="bzimage" if config.boot == "bzimage" else "auto",

@@ -51,14 +51,21 @@ class Outcome:
 
 
 class VM:
-    """One virtual machine.
+    """One virtual machine, of a VmConfig or of settings that are named as its fields.
 
-    >>> with VM(VmConfig(kernel="host")) as vm:
+    >>> with VM(kernel="host", memory="1G", disks=["disk.img"]) as vm:
     ...     vm.start()
     ...     vm.wait(timeout=60).check()
     """
 
-    def __init__(self, config: VmConfig) -> None:
+    def __init__(self, config: VmConfig | None = None, /, **settings: Any) -> None:
+        if config is None:
+            from pyvmm.config import VmConfig
+            from pyvmm.schema import Source
+
+            config = VmConfig.from_table(settings, Source())
+        elif settings:
+            raise TypeError("VM takes a VmConfig or settings, not both")
         self.config = config
         self.outcome: Outcome | None = None
         self.connections: dict[str, str] = {}  # where the guest's consoles can be reached

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import pyvmm
+from pyvmm import DiskConfig, VmConfig
 
 
 def test_each_name_is_exported_once_and_resolves() -> None:
@@ -35,3 +36,15 @@ def test_importing_it_imports_nothing() -> None:
     interpreter = [sys.executable, "-I", "-S", "-c"]
     result = subprocess.run([*interpreter, code], capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("pyvmm\n", "")
+
+
+def test_a_machine_of_settings_or_of_a_configuration() -> None:
+    vm = pyvmm.VM(kernel="k", memory="64M", disks=["a", {"path": "c", "queues": 2}])
+    disks = (DiskConfig(path="a"), DiskConfig(path="c", queues=2))
+    assert vm.config == VmConfig(kernel="k", memory=64 << 20, disks=disks)
+    assert pyvmm.VM(vm.config).config is vm.config
+    with pytest.raises(pyvmm.UsageError) as error:
+        pyvmm.VM(kernel="k", memroy="1G")
+    assert str(error.value).startswith("unknown key 'memroy' in VmConfig, did you mean 'memory'?")
+    with pytest.raises(TypeError, match="VM takes a VmConfig or settings, not both"):
+        pyvmm.VM(vm.config, memory="1G")

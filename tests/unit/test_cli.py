@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pyvmm.images
 import pyvmm.kvm.probe
 import pyvmm.machine.vm
 import pyvmm.nested
@@ -24,6 +25,7 @@ from pyvmm.cli import run
 from pyvmm.cli.parser import parse
 from pyvmm.config import DiskConfig, VmConfig
 from pyvmm.errors import EXIT_STATUSES, GuestPanic, UsageError
+from pyvmm.images import ImagePaths
 from pyvmm.machine.vm import Outcome
 from pyvmm.schema import MIB
 
@@ -424,6 +426,44 @@ class TestRun:
         assert message in output.err
         assert output.out == ""
         assert nested == []
+
+
+class TestImage:
+    @pytest.fixture
+    def image(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        (tmp_path / "disk.img").write_bytes(b"d" * 4096)
+        (tmp_path / "vmlinuz").write_bytes(b"x" * 4096)
+        (tmp_path / "initrd").write_bytes(b"i")
+        paths = ImagePaths(
+            tmp_path, tmp_path / "vmlinuz", tmp_path / "initrd", tmp_path / "disk.img"
+        )
+        monkeypatch.setattr(pyvmm.images, "path", lambda name: {"tiny": paths}[name])
+        return tmp_path
+
+    def test_it_boots_a_copy_of_its_disk(self, image: Path, machine: Any) -> None:
+        vm = machine(Outcome(0))
+
+        def write_to_the_disk() -> None:
+            Path(vm.config.disks[0].path).write_bytes(b"changed")
+
+        vm.start = write_to_the_disk
+        assert cli.main(["run", "--image=tiny", "--accel=kvm", "--memory=64M"]) == 0
+        assert vm.config.kernel == f"{image}/vmlinuz"
+        assert vm.config.initrd == f"{image}/initrd"
+        assert vm.config.memory == 64 * MIB
+        assert (image / "disk.img").read_bytes() == b"d" * 4096
+
+    def test_other_options_come_before_what_the_image_says(self, image: Path, machine: Any) -> None:
+        vm = machine(Outcome(0))
+        argv = ["run", "--image=tiny", "--accel=kvm", "--disk=mine.img", "--kernel=mine"]
+        assert cli.main(argv) == 0
+        assert (vm.config.kernel, vm.config.disks) == ("mine", (DiskConfig(path="mine.img"),))
+        assert vm.config.initrd == f"{image}/initrd"
+
+    def test_it_is_the_same_image_in_an_emulated_machine(self, image: Path, nested: Any) -> None:
+        assert cli.main(["run", "--image=tiny", "--accel=nested"]) == 80
+        ((argv, _),) = nested
+        assert argv[-4:] == ["run", "--image=tiny", "--accel=nested", "--accel=kvm"]
 
 
 class TestDryRun:

@@ -110,6 +110,7 @@ CHARDEVS = "give stdio, pty, file:PATH, unix:PATH or none"
             "--disk=./a.img is given twice: "
             "both must have readonly=on for the guest to see it as two disks",
         ),
+        ({"serial": "pipe"}, f"--serial=pipe is for Python programs: {CHARDEVS}"),
         ({"serial": "tty"}, f"--serial=tty is not a character device: {CHARDEVS}"),
         ({"serial": "file"}, "--serial: file needs a path: give file:PATH"),
         ({"console": "unix:"}, "--console: path= is empty: give the path of a file"),
@@ -148,14 +149,15 @@ def test_the_same_image_may_be_read_twice() -> None:
     assert len(config(disks=["a,readonly=on", "a,readonly=on"]).disks) == 2
 
 
-@pytest.mark.parametrize("text", ["stdio", "pty", "none", "file:/a,b=c:d", "unix:/run/s"])
+@pytest.mark.parametrize("text", ["stdio", "pty", "none", "pipe", "file:/a,b=c:d", "unix:/run/s"])
 def test_character_devices_round_trip(text: str) -> None:
     assert ChardevConfig.from_text(text, Source()).to_text() == text
 
 
-def test_two_ptys_are_two_devices() -> None:
-    both = config(serial="pty", console="pty")
-    assert both.serial == both.console == ChardevConfig(kind="pty")
+@pytest.mark.parametrize("kind", ["pty", "pipe", "none"])
+def test_two_of_a_kind_are_two_devices(kind: str) -> None:
+    both = VmConfig(kernel="k", serial=ChardevConfig(kind=kind), console=ChardevConfig(kind=kind))
+    assert both.serial.kind == both.console.kind == kind
 
 
 def test_serial_leaves_stdio_to_the_console() -> None:
