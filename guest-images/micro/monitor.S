@@ -69,7 +69,7 @@ panic:
     jmp next
 
 unclaimed:
-    mov $0xe0000000, %ebx
+    mov $0x30000000, %ebx
     mov (%rbx), %al
     call put
     jmp next

@@ -7,6 +7,7 @@ pty      a new pseudo-terminal. Output is dropped while no program has it open.
 file     output alone; the file is emptied first. Also a FIFO or a device.
 unix     a listening Unix socket (mode 0600), for one client at a time, which may leave and come
          back. Output is dropped while there is none.
+pipe     two pipes, whose other ends this program holds (`PipeChardev`).
 none     no input; output is dropped.
 ======== ======================================================================================
 """
@@ -58,6 +59,26 @@ class Chardev:
             os.close(self.output_fd)
 
 
+class PipeChardev(Chardev):
+    """Two pipes: what the guest prints comes out of `reader`, what goes into `writer` is its input.
+
+    Both are blocking descriptors for this program, closed with the rest by `close`. A full pipe
+    stops the guest's output until it is read.
+    """
+
+    def __init__(self) -> None:
+        input_fd, self.writer = os.pipe2(os.O_CLOEXEC)
+        self.reader, output_fd = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(input_fd, False)
+        os.set_blocking(output_fd, False)
+        super().__init__(input_fd, output_fd)
+
+    def close(self) -> None:
+        for fd in (self.input_fd, self.output_fd, self.reader, self.writer):
+            assert fd is not None
+            os.close(fd)
+
+
 def open_chardev(
     kind: str, path: str | None = None, *, on_quit: Callable[[], None] | None = None
 ) -> Chardev:
@@ -71,6 +92,8 @@ def open_chardev(
             return Chardev(None, None)
         case "stdio":
             return _Stdio(on_quit)
+        case "pipe":
+            return PipeChardev()
         case "pty":
             return _Relayed(_PtyRelay())
         case "file" if path:

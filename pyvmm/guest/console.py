@@ -9,13 +9,13 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol, Self
+    from typing import Protocol
 
     class Stream(Protocol):
-        """The host's end of a console: descriptors to read output from and write input to."""
+        """The host's ends of a console: blocking descriptors."""
 
-        output_fd: int
-        input_fd: int
+        reader: int
+        writer: int
 
 
 class ExpectTimeout(AssertionError):
@@ -23,11 +23,15 @@ class ExpectTimeout(AssertionError):
 
 
 class GuestConsole:
-    """An expect-style console: all output is kept until `expect` or `read` consumed it."""
+    """An expect-style console: all output is kept until `expect` or `read` consumed it.
+
+    `stream` is what a guest's console of kind ``pipe`` is connected to, as ``vm.serial``.
+    `transcript` has all output so far.
+    """
 
     def __init__(self, stream: Stream) -> None:
-        self._output = stream.output_fd
-        self._input = stream.input_fd
+        self._reader = stream.reader
+        self._writer = stream.writer
         self._pending = b""
         self.transcript = b""
 
@@ -35,8 +39,8 @@ class GuestConsole:
         """Types `data` (text as UTF-8), all of it, however slowly the guest takes it."""
         view = memoryview(data.encode() if isinstance(data, str) else data)
         while view:
-            select.select([], [self._input], [])
-            view = view[os.write(self._input, view) :]
+            select.select([], [self._writer], [])
+            view = view[os.write(self._writer, view) :]
 
     def read(self, timeout: float) -> bytes:
         """What is there, or comes within `timeout` seconds."""
@@ -70,9 +74,9 @@ class GuestConsole:
     def _fill(self, deadline: float) -> bool:
         """Reads what comes before `deadline`; False when nothing does."""
         wait = max(0.0, deadline - time.monotonic())
-        if not select.select([self._output], [], [], wait)[0]:
+        if not select.select([self._reader], [], [], wait)[0]:
             return False
-        data = os.read(self._output, 1 << 16)
+        data = os.read(self._reader, 1 << 16)
         self._pending += data
         self.transcript += data
         return bool(data)

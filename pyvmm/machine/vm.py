@@ -10,7 +10,7 @@ from collections import deque
 from contextlib import ExitStack
 
 from pyvmm._core import ffi, lib
-from pyvmm.errors import ExitStatus, GuestCrash, GuestPanic, GuestTimeout
+from pyvmm.errors import ExitStatus, GuestPanic, GuestTimeout
 
 TYPE_CHECKING = False  # importing typing takes milliseconds
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from pyvmm.backends.chardev import Chardev
     from pyvmm.config import ChardevConfig, DiskConfig, VmConfig
+    from pyvmm.errors import GuestCrash, PyvmmError
     from pyvmm.kvm.handles import Kvm
     from pyvmm.machine.board import Board
     from pyvmm.virtio.device import VirtioDevice
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 PANIC_GRACE = 1.0
 PANIC = "Kernel panic - not syncing"
 REPORT_LINES = 20
+PANIC_CONTEXT = 8
 
 
 class Outcome:
@@ -111,15 +113,14 @@ class VM:
     def wait(self, timeout: float | None = None) -> Outcome:
         """Waits for the end of the guest; after `timeout` seconds it is ended."""
         if not self._ended.wait(timeout):
-            error = GuestTimeout(f"the guest did not end within {timeout:g} s")
-            self._end(Outcome(ExitStatus.TIMEOUT, self._report(error)))
+            self._end(self._failure(GuestTimeout(f"the guest did not end within {timeout:g} s")))
             self._ended.wait()
         assert self.outcome is not None
         return self.outcome
 
     def stop(self, status: int = ExitStatus.OK) -> None:
         """Ends the guest at once, as pulling the plug would; idempotent."""
-        if self._supervisor is not None:
+        if self._supervisor is not None and not self._ended.is_set():
             self._end(Outcome(status))
             self._ended.wait()
 
@@ -158,14 +159,14 @@ class VM:
 
     def _open_devices(self, stack: ExitStack) -> None:
         config = self.config
-        self._serial = self._open_chardev(config.serial, "serial port ttyS0", stack)
+        self.serial = self._open_chardev(config.serial, "serial port ttyS0", stack)
         for disk in config.disks:
             self._devices.append(_open_disk(disk, stack))
         if config.console.kind != "none":
             from pyvmm.virtio.console import VirtioConsole
 
-            stream = self._open_chardev(config.console, "console hvc0", stack)
-            self._devices.append(VirtioConsole(stream, on_output=self._watch_output))
+            self.console = self._open_chardev(config.console, "console hvc0", stack)
+            self._devices.append(VirtioConsole(self.console, on_output=self._watch_output))
         if config.rng:
             from pyvmm.virtio.rng import VirtioRng
 
@@ -191,7 +192,7 @@ class VM:
             self._kvm,
             self.config,
             self._devices,
-            self._serial,
+            self.serial,
             self._watch,
             _Listener(self, self._boot),
         )
@@ -252,23 +253,27 @@ class VM:
                 return self._panic_outcome()
 
     def _panic_outcome(self) -> Outcome:
-        words = next(
-            (line[line.index(PANIC) :] for line in self._last_lines() if PANIC in line),
-            "it said so through pvpanic",
-        )
-        error = GuestPanic(f"the guest kernel panicked: {words}")
-        return Outcome(error.exit_status, self._report(error))
+        lines = self._last_lines()
+        at = next((index for index, line in enumerate(lines) if PANIC in line), None)
+        if at is None:
+            words = "it said so through pvpanic"
+        else:
+            # What led to it stands before, its call trace after.
+            lines = lines[max(0, at - PANIC_CONTEXT) :][:REPORT_LINES]
+            words = lines[min(at, PANIC_CONTEXT)].partition(PANIC)[2].lstrip(": ")
+        return self._failure(GuestPanic(f"the guest kernel panicked: {words}"), lines)
 
-    def _report(self, error: BaseException) -> BaseException:
-        """Adds the last console lines as notes."""
-        lines = self._last_lines()[-REPORT_LINES:]
-        error.add_note("last lines of the console:" if lines else "the console printed nothing")
+    def _failure(self, error: PyvmmError, lines: list[str] | None = None) -> Outcome:
+        """The end of the machine by `error`, with `lines` of the console (by default the last)."""
+        lines = (self._last_lines() if lines is None else lines)[-REPORT_LINES:]
+        error.add_note("its console said:" if lines else "its console said nothing")
         for line in lines:
             error.add_note(f"  | {line}")
-        return error
+        return Outcome(error.exit_status, error)
 
     def _last_lines(self) -> list[str]:
-        return [line for line in self.console_tail().replace("\r", "").split("\n") if line.strip()]
+        text = self.console_tail().replace("\r", "")
+        return [line for line in text.split("\n") if line.strip()]
 
     # What others report; any thread
 
@@ -316,8 +321,7 @@ class _Listener:
         self._vm._tell(_PANICKED, self._boot)
 
     def on_crash(self, crash: GuestCrash) -> None:
-        self._vm._report(crash)
-        self._vm._tell(Outcome(crash.exit_status, crash), self._boot)
+        self._vm._tell(self._vm._failure(crash), self._boot)
 
     def on_error(self, error: BaseException) -> None:
         self._vm._tell(Outcome(ExitStatus.INTERNAL, error), self._boot)
