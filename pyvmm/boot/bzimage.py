@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ctypes import sizeof
+
 from pyvmm.boot._generated_uapi import XLF_KERNEL_64, setup_header
 from pyvmm.errors import UsageError
 
@@ -30,6 +32,8 @@ class BzImage:
 
         Raises UsageError when it is not a whole image of a 64-bit kernel.
         """
+        if file_size < _HEADER_OFFSET + sizeof(setup_header):
+            raise UsageError(f"kernel '{path}' is truncated: it ends within its setup header")
         self.header = header = setup_header.from_buffer_copy(head, _HEADER_OFFSET)
         if header.version < _MIN_VERSION:
             version = f"{header.version >> 8}.{header.version & 0xFF:02}"

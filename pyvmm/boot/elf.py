@@ -10,6 +10,8 @@ from elftools.elf.elffile import ELFFile
 
 from pyvmm.errors import UsageError
 
+_MAX_PHYSICAL = 1 << 52  # AMD64 APM vol. 2, 5.3: no physical address is wider
+
 
 class Segment:
     """One PT_LOAD: ``file_size`` bytes at ``offset`` of the file, then zeroes up to ``size``."""
@@ -36,9 +38,11 @@ def parse_vmlinux(image: mmap.mmap, path: str) -> tuple[int, list[Segment]]:
             for s in elf.iter_segments("PT_LOAD")
             if s["p_memsz"]
         ]
-    # Of a damaged file pyelftools also raises what it stumbles over.
-    except (ELFError, AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise UsageError(f"kernel '{path}' is a damaged ELF file: {error}") from None
+    # The last two are what seeking to an impossible offset raises.
+    except (ELFError, OverflowError, ValueError):
+        raise UsageError(
+            f"kernel '{path}' is a damaged ELF file: its headers lead nowhere"
+        ) from None
     if elf.elfclass != 64 or machine != "EM_X86_64":
         raise UsageError(
             f"kernel '{path}' is not an x86-64 kernel, and pyvmm boots no other"
@@ -54,6 +58,10 @@ def parse_vmlinux(image: mmap.mmap, path: str) -> tuple[int, list[Segment]]:
             raise UsageError(
                 f"kernel '{path}' is truncated: a segment of its ELF file ends at byte"
                 f" {segment.offset + segment.file_size}, and the file has {len(image)}"
+            )
+        if segment.gpa + segment.size > _MAX_PHYSICAL:
+            raise UsageError(
+                f"kernel '{path}' is a damaged ELF file: a segment goes to {segment.gpa:#x}"
             )
     if not any(s.gpa <= entry < s.gpa + s.size for s in segments):
         raise UsageError(
