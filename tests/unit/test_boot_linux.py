@@ -120,7 +120,7 @@ def translate(memory: Memory, cr3: int, address: int) -> int | None:
     table = cr3
     for shift in (39, 30, 21):
         index = address >> shift & 511
-        (page,) = struct.unpack("<Q", memory.read(table + 8 * index, 8))
+        page = int.from_bytes(memory.read(table + 8 * index, 8), "little")
         if not page & 1:
             return None
         assert page & 2, "not writable"
@@ -237,7 +237,7 @@ def test_bad_kernel(tmp_path: Path, memory: Memory, content: bytes, message: str
 def test_payload_outside_of_the_image(tmp_path: Path, memory: Memory) -> None:
     image = bytearray(images.bzimage(b"payload"))
     struct.pack_into("<I", image, 0x24C, 1 << 20)
-    assert "corrupt" in refused(memory, images.file(tmp_path, image))
+    assert "corrupt" in refused(memory, images.file(tmp_path, bytes(image)))
 
 
 def test_vmlinux_with_boot_bzimage(tmp_path: Path, memory: Memory) -> None:

@@ -130,6 +130,6 @@ def test_missing_library(magic: bytes, package: str, monkeypatch: pytest.MonkeyP
     def not_found(soname: str) -> None:
         raise OSError(f"{soname}: cannot open shared object file")
 
-    monkeypatch.setattr(payload.ctypes, "CDLL", not_found)
+    monkeypatch.setattr(ctypes, "CDLL", not_found)
     with pytest.raises(UsageError, match=f"install {package}, or .*--boot=bzimage"):
         payload.unpack(bytearray(magic + bytes(32) + b"\1\0\0\0"), "k")
