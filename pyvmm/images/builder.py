@@ -76,15 +76,45 @@ def _initramfs(modules: kmod.Modules, recipe: Recipe, busybox: Path) -> bytes:
 
 
 def _make_disk(image: Path, disk: Disk, busybox: Path, kernels: list[Path]) -> None:
-    with tempfile.TemporaryDirectory(prefix="pyvmm-image-", dir=image.parent) as name:
+    _require("mke2fs", "e2fsprogs")
+    with tempfile.TemporaryDirectory(prefix="disk-", dir=image.parent) as name:
         root = Path(name) / "root"
-        _make_busybox_root(root, disk, busybox)
-        _make_ext4(image, root, disk.size)
+        root.mkdir()
+        if disk.content == "busybox":
+            _fill_with_busybox(root, disk, busybox)
+            _run([*_as_root(), *_mke2fs(image, root, disk.size)])
+        else:
+            archive = Path(name) / "root.tar"
+            _bootstrap_debian(archive, disk, kernels)
+            # One process tree, since ownership that fakeroot remembers ends with it.
+            unpack = f'tar -x -p -f {archive} -C {root} --numeric-owner && exec "$@"'
+            _run([*_as_root(), "sh", "-c", unpack, "sh", *_mke2fs(image, root, disk.size)])
 
 
-def _make_busybox_root(root: Path, disk: Disk, busybox: Path) -> None:
+def _bootstrap_debian(archive: Path, disk: Disk, kernels: list[Path]) -> None:
+    """A tar archive of a root directory: mmdebstrap runs as root and, where the host lets a user
+    have user namespaces, as a user."""
+    _require("mmdebstrap", "mmdebstrap")
+    hooks = []
+    for tree in kernels:
+        modules = kmod.Modules(tree)
+        hooks += [
+            'mkdir -p "$1/usr/lib/modules"',
+            f"copy-in {modules.directory} /usr/lib/modules",
+            f'chroot "$1" depmod {modules.release}',
+        ]
+    for target, source in disk.files.items():
+        hooks.append(f"upload {source} /{target}")
+    if disk.setup is not None:
+        hooks.append(f'sh {disk.setup} "$1"')
+    command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(disk.packages)}"]
+    command += [f"--customize-hook={hook}" for hook in hooks]
+    _run([*command, "--format=tar", disk.content, str(archive)])
+
+
+def _fill_with_busybox(root: Path, disk: Disk, busybox: Path) -> None:
     for name in ("bin", *_DIRECTORIES):
-        (root / name).mkdir(parents=True)
+        (root / name).mkdir()
     shutil.copyfile(busybox, root / "bin/busybox")
     (root / "bin/busybox").chmod(0o755)
     for applet in _applets(busybox):
@@ -95,17 +125,19 @@ def _make_busybox_root(root: Path, disk: Disk, busybox: Path) -> None:
         shutil.copy(source, root / target)
 
 
-def _make_ext4(image: Path, root: Path, size: int) -> None:
-    """A sparse image file whose files all belong to root."""
-    _require("mke2fs", "e2fsprogs")
-    command = ["mke2fs", "-q", "-t", "ext4", "-m", "0"]
-    # Nothing left for the guest's kernel to write behind the user's back.
-    command += ["-E", "lazy_itable_init=0,lazy_journal_init=0"]
-    command += ["-d", str(root), str(image), f"{size >> 10}k"]
-    if os.geteuid() != 0:
-        _require("fakeroot", "fakeroot")
-        command = ["fakeroot", "--", *command]
-    _run(command)
+def _mke2fs(image: Path, root: Path, size: int) -> list[str]:
+    """Makes a sparse ext4 image of ``root``, with nothing left for the guest's kernel to complete
+    behind the user's back."""
+    options = ["-q", "-t", "ext4", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0"]
+    return ["mke2fs", *options, "-d", str(root), str(image), f"{size >> 10}k"]
+
+
+def _as_root() -> list[str]:
+    """What to put before a command so that files it handles can belong to root."""
+    if os.geteuid() == 0:
+        return []
+    _require("fakeroot", "fakeroot")
+    return ["fakeroot", "--"]
 
 
 def _find_busybox(tree: Path) -> Path:
