@@ -325,10 +325,10 @@ int blk_io_watch(struct blk_io *io, int eventfd)
 {
     if (io->watches == BLK_IO_MAX_WATCHES)
         return -ENOSPC;
+    io->watched[io->watches++] = eventfd;
     if (io->engine == BLK_ENGINE_SYNC)
         return sync_watch(io, eventfd);
-    io->watched[io->watches] = eventfd;
-    arm_watch(io, io->watches++);
+    arm_watch(io, io->watches - 1);
     return 0;
 }
 

@@ -330,15 +330,14 @@ static void publish(struct virtio_blk_queue *queue)
 
 static int serve(struct virtio_blk_queue *queue)
 {
-    int error = 0;
+    int error;
 
-    while (!error && !queue->vq.broken && !__atomic_load_n(&queue->stopping, __ATOMIC_ACQUIRE)) {
+    do {
         bool more = start_available(queue);
 
         publish(queue);
-        /* A stop from now on signals kick_fd, which ends the wait. */
-        error = blk_io_wait(queue->io, !more && !queue->vq.broken);
-    }
+        error = blk_io_wait(queue->io, !more && !queue->vq.broken); /* a stop ends it, too */
+    } while (!error && !queue->vq.broken && !__atomic_load_n(&queue->stopping, __ATOMIC_ACQUIRE));
     while (!error && blk_io_in_flight(queue->io) > 0)
         error = blk_io_wait(queue->io, true);
     publish(queue);

@@ -56,7 +56,8 @@ void virtio_blk_queue_destroy(struct virtio_blk_queue *queue);
  * no request is in flight, and guest memory is not touched any more. */
 int virtio_blk_queue_run(struct virtio_blk_queue *queue);
 
-/* Makes virtio_blk_queue_run return, also one that has not started yet. Any thread. */
+/* Makes virtio_blk_queue_run return; one that has not started yet, after a look at the ring. Any
+ * thread. */
 void virtio_blk_queue_stop(struct virtio_blk_queue *queue);
 
 /* Any thread. */
