@@ -115,8 +115,7 @@ def why_not_kvm(path: str, error: int) -> str:
 
 def how_to_get_kvm() -> str:
     """What makes a KVM device appear on this machine."""
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    flags = set(cpuinfo.partition("\nflags")[2].partition("\n")[0].split())
+    flags = cpu_flags()
     if in_container():
         return "start this container with --device /dev/kvm"
     module = "kvm_intel" if "vmx" in flags else "kvm_amd" if "svm" in flags else ""
@@ -125,6 +124,12 @@ def how_to_get_kvm() -> str:
     if "hypervisor" in flags:
         return "turn on nested virtualization for this virtual machine in its hypervisor"
     return "turn on virtualization (Intel VT-x, AMD-V) in this machine's firmware setup"
+
+
+def cpu_flags() -> set[str]:
+    """The names of the CPU's features, from /proc/cpuinfo."""
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    return set(cpuinfo.partition("\nflags")[2].partition("\n")[0].split())
 
 
 def in_container() -> bool:

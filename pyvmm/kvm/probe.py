@@ -57,6 +57,7 @@ FAILURES = {
     guest.STEP_HYPERCALL: "a hypercall does not come back",
 }
 
+EXCEPTIONS = {6: "#UD", 7: "#NM", 8: "#DF", 11: "#NP", 12: "#SS", 13: "#GP", 14: "#PF"}
 ENDINGS = {
     uapi.KVM_EXIT_HLT: "with a wrong result",
     uapi.KVM_EXIT_SHUTDOWN: "triple fault",
@@ -175,7 +176,7 @@ def _run_guest(kvm: Kvm) -> ProbeResult:
     if step == guest.STEP_DONE:
         return ProbeResult(True, "this machine's KVM can run Linux", None)
     if vector != guest.NO_VECTOR:
-        ending = f"exception {vector}"
+        ending = EXCEPTIONS.get(vector, f"exception {vector}")
     module = kvm_module()
     kvm_name = f"this machine's KVM ({module})" if module else "this machine's KVM"
     reason = f"{kvm_name} cannot run Linux: {FAILURES[step]} ({ending})"

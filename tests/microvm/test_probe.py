@@ -68,7 +68,7 @@ def test_an_exception_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     enter_with(monkeypatch, INVALID_INSTRUCTION)
     result = probe()
     assert result.failed_step == guest.STEP_START
-    assert result.reason.endswith("(exception 6)")
+    assert result.reason.endswith("(#UD)")
 
 
 def test_a_triple_fault_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
