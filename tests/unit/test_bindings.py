@@ -9,6 +9,7 @@ from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ MODULES = {
 }
 
 
-def fields_of(cls: type) -> list[tuple[str, int, int]]:
+def fields_of(cls: Any) -> list[tuple[str, int, int]]:
     """(member as C writes it, offset, size), down to the members of nested types."""
     found = []
     anonymous = getattr(cls, "_anonymous_", ())
@@ -73,11 +74,13 @@ def run_c(tmp_path: Path, headers: list[str], statements: list[str]) -> list[int
 @pytest.mark.parametrize("name", MODULES)
 def test_layouts_are_the_compilers(name: str, tmp_path: Path) -> None:
     module, headers = MODULES[name]
+    growing = load_generator().VIRTIO.growing.split()
     expected: list[tuple[str, int]] = []
     for struct, cls in vars(module).items():
         if not isinstance(cls, type) or cls.__module__ != module.__name__ or struct[0] == "_":
             continue
-        expected.append((f"sizeof(struct {struct})", ctypes.sizeof(cls)))
+        if struct not in growing:
+            expected.append((f"sizeof(struct {struct})", ctypes.sizeof(cls)))
         for member, offset, size in fields_of(cls):
             expected.append((f"offsetof(struct {struct}, {member})", offset))
             if size:  # a flexible array member has no size in C
