@@ -64,7 +64,7 @@ def _initramfs(modules: kmod.Modules, recipe: Recipe, busybox: Path) -> bytes:
     loaded = [name for name in recipe.modules if not modules.is_builtin(name)]
     archive.file("etc/modules", "".join(f"{name}\n" for name in loaded).encode())
     lines = []
-    for module in modules.with_dependencies(recipe.modules):
+    for module in modules.with_dependencies([*recipe.modules, *recipe.on_demand]):
         archive.file(f"lib/modules/{modules.release}/{module.file}", module.data)
         depends = " ".join(f"{name}.ko" for name in modules.dependencies(module.name))
         lines.append(f"{module.file}: {depends}".rstrip())

@@ -32,12 +32,14 @@ class Disk(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """One image. ``modules`` are loaded by its initramfs, ``files`` lie in it."""
+    """One image. Its initramfs holds ``files``, ``modules``, which it loads, and ``on_demand``,
+    modules that modprobe can load."""
 
     name: str
     description: str
     kernels: tuple[Kernel, ...]
     modules: tuple[str, ...]
+    on_demand: tuple[str, ...]
     files: dict[str, Path]
     disk: Disk | None
     hash: str
@@ -80,6 +82,7 @@ def load(name: str) -> Recipe:
         description=table["description"],
         kernels=tuple(Kernel(each["name"], each["package"]) for each in table["kernels"]),
         modules=tuple(initramfs["modules"]),
+        on_demand=tuple(initramfs.get("on_demand", ())),
         files=files,
         disk=disk,
         hash=digest.hexdigest()[:16],
