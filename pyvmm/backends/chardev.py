@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from pyvmm.backends.terminal import RawTerminal
 
 
+# How often a process in the background looks whether it has the terminal, in milliseconds.
+_FOREGROUND_INTERVAL = 500
+
+
 class Chardev:
     """The host's side of a byte stream.
 
@@ -322,6 +326,12 @@ class _StdioRelay(Relay):
     def _take_terminal(self) -> None:
         if self._terminal is not None:
             self.source = 0 if self._terminal.enter() else -1
+            # A shell that brings us to the foreground does not tell.
+            self.interval = _FOREGROUND_INTERVAL if self.source < 0 else None
+
+    def refresh(self) -> None:
+        if self.interval is not None:
+            self._take_terminal()
 
     def woken(self) -> None:
         self._take_terminal()

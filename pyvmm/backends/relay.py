@@ -25,6 +25,7 @@ class Relay:
 
     def __init__(self, name: str, *, with_output: bool = True) -> None:
         self.source = self.sink = self.extra = -1
+        self.interval: int | None = None
         flags = os.O_CLOEXEC | os.O_NONBLOCK
         self.input_fd, self._to_device = os.pipe2(flags)
         self._from_device, self.output_fd = os.pipe2(flags) if with_output else (-1, -1)
@@ -44,16 +45,19 @@ class Relay:
     def close(self) -> None:
         """Ends the relay; what the device has written still goes out if the reader takes it."""
         self._closing = True
+        os.eventfd_write(self._wake_fd, 1)
         for fd in (self.input_fd, self.output_fd):
             if fd >= 0:
                 os.close(fd)
-        os.eventfd_write(self._wake_fd, 1)
         self._thread.join(_CLOSE_TIMEOUT)
+        if not self._thread.is_alive():  # else the reader is stuck, and so are the descriptors
+            os.close(self._wake_fd)
 
     # What subclasses change; all of these run on the thread.
 
     def refresh(self) -> None:
-        """Runs before each wait: the time to look whether the host's side came or went."""
+        """Runs before each wait, the longest of which is `interval` (milliseconds; None: for ever):
+        the time to look whether the host's side came or went."""
 
     def woken(self) -> None:
         """Somebody called `wake`."""
@@ -82,26 +86,28 @@ class Relay:
         incoming = outgoing = b""
         while True:
             self.refresh()
+            if self.sink < 0:
+                outgoing = b""
             if self._closing and self._from_device < 0 and not outgoing:
                 break
             ready = self._wait(bool(incoming), bool(outgoing))
             if self._wake_fd in ready:
                 os.eventfd_read(self._wake_fd)
-                self.woken()
+                if not self._closing:
+                    self.woken()
             if self.extra in ready:
                 self.extra_ready()
             if incoming:
                 incoming = self._write_device(incoming)
-            elif ready.get(self.source, 0):
+            elif ready.get(self.source, 0) & (select.POLLIN | _GONE):
                 incoming = self._read_source()
             if outgoing:
                 outgoing = self._write_sink(outgoing, ready)
             elif ready.get(self._from_device, 0):
                 outgoing = self._read_device()
         self.cleanup()
-        for fd in (self._to_device, self._wake_fd):
-            if fd >= 0:
-                os.close(fd)
+        if self._to_device >= 0:
+            os.close(self._to_device)
 
     def _wait(self, incoming: bool, outgoing: bool) -> dict[int, int]:
         wanted = {self._wake_fd: select.POLLIN, self.extra: select.POLLIN}
@@ -118,8 +124,7 @@ class Relay:
         for fd, events in wanted.items():
             if fd >= 0:
                 poll.register(fd, events)
-        timeout = 0 if outgoing and self.sink < 0 else None
-        ready = dict(poll.poll(timeout))
+        ready = dict(poll.poll(self.interval))
         if ready.get(self.sink, 0) & _GONE:
             self.sink_ended()
         return ready
@@ -154,8 +159,6 @@ class Relay:
 
     def _write_sink(self, data: bytes, ready: dict[int, int]) -> bytes:
         """Returns what the host did not yet take."""
-        if self.sink < 0:
-            return b""
         if not ready.get(self.sink, 0) & select.POLLOUT:
             return data
         try:
