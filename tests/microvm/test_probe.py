@@ -45,6 +45,42 @@ def test_every_step_has_its_sentence() -> None:
     assert set(FAILURES) == steps - {guest.STEP_DONE, guest.STEP_GPA}
 
 
+@pytest.mark.parametrize(
+    ("step", "instruction"),
+    [
+        ("SYSCALL", "0f05"),
+        ("SYSRET", "480f07"),
+        ("INT80", "cd80"),
+        ("INT3", "31dbcc"),
+        ("FWAIT", "dbe39b"),
+        ("LDMXCSR", "0fae14"),
+        ("STAC", "0f01cb"),
+        ("POPCNT", "f30fb8"),
+        ("CMPXCHG16B", "f0480fc7"),
+        ("XRSTOR", "0f01d1"),
+        ("HYPERCALL", "0f01d9"),
+        ("HYPERCALL", "0f01c1"),
+    ],
+)
+def test_each_step_finds_its_instruction_missing(
+    monkeypatch: pytest.MonkeyPatch, step: str, instruction: str
+) -> None:
+    """On a good KVM, with the instruction replaced by an invalid one."""
+    result = probe(fresh=True)
+    if not result.can_run_linux:
+        pytest.skip(f"needs a KVM that can run Linux: {result.reason}")
+    code = bytes.fromhex(instruction)
+    start = guest.IMAGE.index(code)
+    invalid = INVALID_INSTRUCTION + b"\x90" * (len(code) - len(INVALID_INSTRUCTION))
+    image = guest.IMAGE[:start] + invalid + guest.IMAGE[start + len(code) :]
+    monkeypatch.setattr(guest, "IMAGE", image)
+    broken = probe(fresh=True)
+    if broken.can_run_linux:
+        pytest.skip("this CPU's features leave the instruction out")
+    assert broken.failed_step == getattr(guest, f"STEP_{step}")
+    assert broken.reason.endswith("(#UD)")
+
+
 def test_a_guest_that_loops_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     enter_with(monkeypatch, JMP_SELF)
     start = time.monotonic()
