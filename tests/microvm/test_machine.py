@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,7 +143,7 @@ def test_nothing_answers_where_nothing_is(boot: Boot) -> None:
 
 def test_no_descriptor_is_left_behind(boot: Boot) -> None:
     def descriptors() -> int:
-        return len(os.listdir("/proc/self/fd"))
+        return len(list(Path("/proc/self/fd").iterdir()))
 
     vm, console = boot()
     vm.close()
