@@ -28,7 +28,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
-    from typing import Any
 
     from pyvmm.backends.terminal import RawTerminal
 
@@ -88,7 +87,8 @@ def open_chardev(
 ) -> Chardev:
     """The character device `kind` of the table above; `path` is that of a file or unix.
 
-    `on_quit` is called, from another thread, when the user of stdio typed Ctrl-A x.
+    `on_quit` is called, on a thread that must not close the device, when the user of stdio typed
+    Ctrl-A x.
     Raises UsageError where the host does not allow it.
     """
     match kind:
@@ -251,15 +251,17 @@ class _Stdio(Chardev):
 
     def __init__(self, on_quit: Callable[[], None] | None) -> None:
         own_output = _reopen_stdout()
-        self._relay = _StdioRelay(on_quit, self._resized, with_output=own_output is None)
+        self._relay = _StdioRelay(on_quit, self._signalled, with_output=own_output is None)
         super().__init__(
             self._relay.input_fd, self._relay.output_fd if own_output is None else own_output
         )
         self._own_output = own_output
+        self._last_size = self.size()
         self._relay.start()
 
-    def _resized(self) -> None:
-        if self.on_resize is not None:
+    def _signalled(self) -> None:
+        size, self._last_size = self._last_size, self.size()
+        if size != self._last_size and self.on_resize is not None:
             self.on_resize()
 
     def size(self) -> tuple[int, int] | None:
@@ -281,15 +283,14 @@ class _StdioRelay(Relay):
     def __init__(
         self,
         on_quit: Callable[[], None] | None,
-        on_resize: Callable[[], None],
+        on_signal: Callable[[], None],
         *,
         with_output: bool,
     ) -> None:
         super().__init__("chardev-stdio", with_output=with_output)
         self._on_quit = on_quit
-        self._on_resize = on_resize
+        self._on_signal = on_signal
         self._terminal: RawTerminal | None = None
-        self._handlers: dict[int, Any] = {}
         if with_output and sys.__stdout__ is not None:
             self.sink = 1
         if sys.__stdin__ is None:  # started with it closed; the number may be another file by now
@@ -303,25 +304,14 @@ class _StdioRelay(Relay):
         else:
             self.source = 0
         if os.isatty(0) or os.isatty(1):
-            self._wake_on_signals()
+            self.extra, self._restore_signals = _watch_signals()
 
     def close(self) -> None:
-        import signal
-
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
+        if self.extra >= 0:
+            self._restore_signals()
         super().close()
         if self._terminal is not None:
             self._terminal.restore()
-
-    def _wake_on_signals(self) -> None:
-        """A signal handler must not do the work itself: it interrupts anything."""
-        import signal
-
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGWINCH, signal.SIGCONT):
-                self._handlers[number] = signal.signal(number, lambda *_: self.wake())
 
     def _take_terminal(self) -> None:
         if self._terminal is not None:
@@ -333,9 +323,10 @@ class _StdioRelay(Relay):
         if self.interval is not None:
             self._take_terminal()
 
-    def woken(self) -> None:
+    def extra_ready(self) -> None:
+        os.read(self.extra, 4096)
         self._take_terminal()
-        self._on_resize()
+        self._on_signal()
 
     def filter(self, data: bytes) -> bytes:
         if self._terminal is None:
@@ -352,6 +343,42 @@ class _StdioRelay(Relay):
 
     def source_ended(self) -> None:
         self.end_input()
+
+
+# Where Python's signal handler puts a byte for each signal. Never closed: it may come late.
+_signal_pipe: tuple[int, int] | None = None
+
+
+def _watch_signals() -> tuple[int, Callable[[], None]]:
+    """A descriptor that can be read after SIGWINCH or SIGCONT, and what undoes this.
+
+    A handler in Python would run too late: only once the main thread does something, and the
+    kernel gives SIGCONT to any thread. The descriptor is -1 where it cannot be: signals belong to
+    the main thread, or to an event loop in it.
+    """
+    # Not `signal`, which wraps it in enumerations: 3 ms.
+    import _signal  # type: ignore[import-not-found]
+
+    global _signal_pipe
+    if threading.current_thread() is not threading.main_thread():
+        return -1, lambda: None
+    if _signal_pipe is None:
+        _signal_pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    reader, writer = _signal_pipe
+    other = _signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    if other not in (-1, writer):
+        _signal.set_wakeup_fd(other)
+        return -1, lambda: None
+    numbers = (_signal.SIGWINCH, _signal.SIGCONT)
+    before = [_signal.signal(number, lambda *_: None) for number in numbers]
+
+    def restore() -> None:
+        if threading.current_thread() is threading.main_thread():
+            _signal.set_wakeup_fd(-1)
+            for number, handler in zip(numbers, before, strict=True):
+                _signal.signal(number, handler)
+
+    return reader, restore
 
 
 def _reopen_stdout() -> int | None:

@@ -29,7 +29,7 @@ class Relay:
         flags = os.O_CLOEXEC | os.O_NONBLOCK
         self.input_fd, self._to_device = os.pipe2(flags)
         self._from_device, self.output_fd = os.pipe2(flags) if with_output else (-1, -1)
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._close_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -37,30 +37,22 @@ class Relay:
         """Starts the thread."""
         self._thread.start()
 
-    def wake(self) -> None:
-        """Makes the thread call `woken`. Any thread, also a signal handler."""
-        if not self._closing:
-            os.eventfd_write(self._wake_fd, 1)
-
     def close(self) -> None:
         """Ends the relay; what the device has written still goes out if the reader takes it."""
         self._closing = True
-        os.eventfd_write(self._wake_fd, 1)
+        os.eventfd_write(self._close_fd, 1)
         for fd in (self.input_fd, self.output_fd):
             if fd >= 0:
                 os.close(fd)
         self._thread.join(_CLOSE_TIMEOUT)
         if not self._thread.is_alive():  # else the reader is stuck, and so are the descriptors
-            os.close(self._wake_fd)
+            os.close(self._close_fd)
 
     # What subclasses change; all of these run on the thread.
 
     def refresh(self) -> None:
         """Runs before each wait, the longest of which is `interval` (milliseconds; None: for ever):
         the time to look whether the host's side came or went."""
-
-    def woken(self) -> None:
-        """Somebody called `wake`."""
 
     def extra_ready(self) -> None:
         """`extra`, another file descriptor to wait for, is readable."""
@@ -91,10 +83,8 @@ class Relay:
             if self._closing and self._from_device < 0 and not outgoing:
                 break
             ready = self._wait(bool(incoming), bool(outgoing))
-            if self._wake_fd in ready:
-                os.eventfd_read(self._wake_fd)
-                if not self._closing:
-                    self.woken()
+            if self._close_fd in ready:
+                os.eventfd_read(self._close_fd)
             if self.extra in ready:
                 self.extra_ready()
             if incoming:
@@ -110,7 +100,7 @@ class Relay:
             os.close(self._to_device)
 
     def _wait(self, incoming: bool, outgoing: bool) -> dict[int, int]:
-        wanted = {self._wake_fd: select.POLLIN, self.extra: select.POLLIN}
+        wanted = {self._close_fd: select.POLLIN, self.extra: select.POLLIN}
         if incoming:
             wanted[self._to_device] = select.POLLOUT
         else:

@@ -543,7 +543,7 @@ def test_a_terminal_that_is_stopped_and_continued_is_raw_again(terminal: Termina
     terminal.process.send_signal(signal.SIGSTOP)
     termios.tcsetattr(terminal.slave, termios.TCSANOW, terminal.cooked)  # as the shell does
     terminal.process.send_signal(signal.SIGCONT)
-    terminal.expect(b"[80 x 25]")
+    wait_until(lambda: termios.tcgetattr(terminal.slave) != terminal.cooked)
     terminal.type(b"\x03a")
     terminal.expect(b"\x03A")
 
