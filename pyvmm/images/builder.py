@@ -122,7 +122,8 @@ def _fill_with_busybox(root: Path, disk: Disk, busybox: Path) -> None:
     (root / "etc/passwd").write_text("root::0:0:root:/root:/bin/sh\n")
     (root / "etc/group").write_text("root:x:0:\n")
     for target, source in disk.files.items():
-        shutil.copy(source, root / target)
+        shutil.copyfile(source, root / target)
+        (root / target).chmod(0o755 if "bin" in Path(target).parts else 0o644)
 
 
 def _mke2fs(image: Path, root: Path, size: int) -> list[str]:
