@@ -151,9 +151,9 @@ class Board:
         self._pio.add(layout.I8042_COMMAND_PORT, i8042.SIZE, i8042)
         self._pio.add(layout.PVPANIC_PORT, panic.SIZE, panic)
 
-        fds = [-1 if fd is None else fd for fd in (serial.input_fd, serial.output_fd)]
+        in_fd, out_fd = (-1 if fd is None else fd for fd in (serial.input_fd, serial.output_fd))
         uart = lib.serial16550_create(
-            layout.COM1_PORT, *fds, self.vm.fileno(), layout.COM1_GSI, watch
+            layout.COM1_PORT, in_fd, out_fd, self.vm.fileno(), layout.COM1_GSI, watch
         )
         if uart == ffi.NULL:
             raise OSError(ffi.errno, f"serial port: {os.strerror(ffi.errno)}")
