@@ -20,8 +20,6 @@
 #define BLOCK_URING_CMD_DISCARD _IO(0x12, 0)
 #endif
 
-#define IMAGE_FILE 0 /* index in the ring's registered files */
-
 struct blk_io {
     const struct blk_image *image;
     enum blk_engine engine;
@@ -130,42 +128,42 @@ static struct io_uring_sqe *next_sqe(struct blk_io *io)
 static void uring_do(struct blk_io *io, struct blk_request *request, const struct blk_step *step)
 {
     struct io_uring_sqe *sqe = next_sqe(io);
+    int fd = io->image->fd;
     int write_flags = step->stable ? RWF_DSYNC : 0;
     bool single = step->iov_count == 1 && step->iov->iov_len <= INT32_MAX;
 
     switch (step->kind) {
     case BLK_STEP_READ:
         if (single)
-            io_uring_prep_read(sqe, IMAGE_FILE, step->iov->iov_base,
+            io_uring_prep_read(sqe, fd, step->iov->iov_base,
                                (unsigned)step->iov->iov_len, step->offset);
         else
-            io_uring_prep_readv(sqe, IMAGE_FILE, step->iov, step->iov_count, step->offset);
+            io_uring_prep_readv(sqe, fd, step->iov, step->iov_count, step->offset);
         break;
     case BLK_STEP_WRITE:
         if (single) {
-            io_uring_prep_write(sqe, IMAGE_FILE, step->iov->iov_base,
+            io_uring_prep_write(sqe, fd, step->iov->iov_base,
                                 (unsigned)step->iov->iov_len, step->offset);
             sqe->rw_flags = write_flags;
         } else {
-            io_uring_prep_writev2(sqe, IMAGE_FILE, step->iov, step->iov_count, step->offset,
+            io_uring_prep_writev2(sqe, fd, step->iov, step->iov_count, step->offset,
                                   write_flags);
         }
         break;
     case BLK_STEP_SYNC:
-        io_uring_prep_fsync(sqe, IMAGE_FILE, IORING_FSYNC_DATASYNC);
+        io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC);
         break;
     case BLK_STEP_ALLOCATE:
-        io_uring_prep_fallocate(sqe, IMAGE_FILE, step->mode, (off_t)step->offset,
+        io_uring_prep_fallocate(sqe, fd, step->mode, (off_t)step->offset,
                                 (off_t)step->length);
         break;
     case BLK_STEP_DISCARD:
-        io_uring_prep_rw(IORING_OP_URING_CMD, sqe, IMAGE_FILE, NULL, 0, 0);
+        io_uring_prep_rw(IORING_OP_URING_CMD, sqe, fd, NULL, 0, 0);
         sqe->cmd_op = BLOCK_URING_CMD_DISCARD;
         sqe->addr = step->offset;
         sqe->addr3 = step->length;
         break;
     }
-    io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
     io_uring_sqe_set_data(sqe, request);
 }
 
@@ -261,14 +259,6 @@ int blk_io_uring_check(void)
     return result;
 }
 
-static void exit_ring(struct blk_io *io)
-{
-    /* The kernel takes a ring apart later, in the background, and a registered file would live,
-     * with its locks, until then. */
-    io_uring_unregister_files(&io->ring);
-    io_uring_queue_exit(&io->ring);
-}
-
 /* --- both --------------------------------------------------------------------------------- */
 
 static int open_engine(struct blk_io *io, uint32_t depth)
@@ -282,11 +272,8 @@ static int open_engine(struct blk_io *io, uint32_t depth)
     result = init_ring(&io->ring, depth + BLK_IO_MAX_WATCHES);
     if (result < 0)
         return result;
-    result = io_uring_register_files(&io->ring, &io->image->fd, 1);
-    if (result < 0) {
-        io_uring_queue_exit(&io->ring);
-        return result;
-    }
+    /* The image is not registered with the ring: the kernel takes rings apart some time after
+     * their process has gone, and until then a registered file lives on, with its lock. */
     io_uring_register_ring_fd(&io->ring); /* since 5.18: a cheaper io_uring_enter */
     return 0;
 }
@@ -317,7 +304,7 @@ void blk_io_destroy(struct blk_io *io)
     if (io->engine == BLK_ENGINE_SYNC)
         close(io->epoll_fd);
     else
-        exit_ring(io);
+        io_uring_queue_exit(&io->ring);
     free(io);
 }
 

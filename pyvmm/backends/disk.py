@@ -8,11 +8,11 @@ import os
 import stat
 import struct
 import time
-from typing import TYPE_CHECKING
 
 from pyvmm._core import lib
 from pyvmm.errors import UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
@@ -28,8 +28,8 @@ _BLKPBSZGET = 0x127B
 # Alignments that direct I/O may ask for.
 _ALIGNMENTS = (512, 1024, 2048, PAGE_SIZE)
 
-# A process that was killed holds its locks until the kernel has taken its io_uring apart.
-_LOCK_PATIENCE = 0.25
+# A process that was killed keeps its lock until its requests have ended, some milliseconds.
+_LOCK_PATIENCE = 0.5
 
 # How other formats begin. As a raw disk, the guest would find none of its data.
 _FORMATS = (

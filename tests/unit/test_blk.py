@@ -7,6 +7,7 @@ import errno
 import os
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -400,6 +401,36 @@ class TestLifeCycle:
                 reply = disk.request(IN, queue, writable=(512,), queue=queue)
                 assert reply.data == PATTERN[queue * 512 : queue * 512 + 512]
             assert disk.device.counters["requests"] == 4
+
+    def test_a_killed_process_leaves_no_lock(self, image: DiskImage, path: Path) -> None:
+        image.close()
+        command = [sys.executable, "-c", SERVE, str(path)]
+        support = str(Path(__file__).parents[1])
+        with subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": support}, stdout=subprocess.PIPE
+        ) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"served\n"
+            other.kill()
+            other.wait()
+        with open_image(path):
+            pass
+
+
+# A process that serves a disk until it is killed.
+SERVE = """
+import struct, sys, time
+from support.mmio_driver import MmioDriver
+from pyvmm.backends.disk import open_image
+from pyvmm.virtio.blk import VirtioBlk
+
+driver = MmioDriver(VirtioBlk(open_image(sys.argv[1])))
+driver.start()
+driver.request(0, (struct.pack("<IIQ", 0, 0, 0),), (512, 1))
+driver.replies()
+print("served", flush=True)
+time.sleep(60)
+"""
 
 
 class TestBackend:
