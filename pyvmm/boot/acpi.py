@@ -8,7 +8,7 @@ ACPI 6.5.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from collections import namedtuple
 
 from pyvmm import layout
 from pyvmm.boot._generated_aml import DSDT, VIRTIO_MMIO
@@ -66,12 +66,10 @@ _FLAGS_AT = _GSI_AT - 2
 _SHARED = 1 << 3
 
 
-class VirtioSlot(NamedTuple):
+class VirtioSlot(namedtuple("VirtioSlot", "gpa gsi shared")):
     """A virtio-mmio register page at ``gpa`` and its interrupt; ``shared``: not alone on it."""
 
-    gpa: int
-    gsi: int
-    shared: bool
+    __slots__ = ()
 
 
 def build_tables(memory: GuestMemory, *, cpus: int, virtio: Sequence[VirtioSlot]) -> int:

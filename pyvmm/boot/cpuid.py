@@ -14,7 +14,7 @@ time, PV EOI, IPIs, TLB flush, unhalt). KVM_HINTS_REALTIME stays off: vCPUs may 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import namedtuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,16 +59,11 @@ _LEVEL_CORE = 2
 _VENDORS_AMD = (b"AuthenticAMD", b"HygonGenuine")
 
 
-class CpuidEntry(NamedTuple):
-    """What CPUID answers for one leaf (and subleaf); as struct kvm_cpuid_entry2."""
+# Not typing.NamedTuple: importing typing takes longer than all of a VM's tables.
+class CpuidEntry(namedtuple("CpuidEntry", "function subleaf flags eax ebx ecx edx")):
+    """What CPUID answers for one leaf (and subleaf); as struct kvm_cpuid_entry2, all integers."""
 
-    function: int
-    subleaf: int
-    flags: int
-    eax: int
-    ebx: int
-    ecx: int
-    edx: int
+    __slots__ = ()
 
     @classmethod
     def from_kvm(cls, entry: kvm_cpuid_entry2) -> CpuidEntry:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING
 
 from pyvmm._core import ffi, lib
 from pyvmm.errors import UsageError
 from pyvmm.virtio import _generated_uapi as uapi
 from pyvmm.virtio.device import VirtioDevice
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Protocol
 
