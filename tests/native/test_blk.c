@@ -17,17 +17,9 @@
 
 #include "blk_io.h"
 #include "blk_step.h"
+#include "check.h"
 #include "virtio_blk.h"
 #include "worker.h"
-
-#define CHECK(condition)                                                                      \
-    do {                                                                                      \
-        if (!(condition)) {                                                                   \
-            fprintf(stderr, "%s:%d: %s: not true: %s\n", __FILE__, __LINE__, __func__,        \
-                    #condition);                                                              \
-            abort();                                                                          \
-        }                                                                                     \
-    } while (0)
 
 /* --- steps, with results that a kernel seldom gives ---------------------------------------- */
 
