@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 
@@ -25,7 +26,11 @@ class Region:
 
 
 class GuestMemory:
-    """The RAM of one virtual machine, zeroed.
+    """The RAM of one virtual machine, zeroed, committed as the guest touches it.
+
+    Anonymous memory, so that transparent huge pages back it: most hosts do not give them to a
+    memfd (``shmem_enabled`` is ``never``), and then a guest's boot takes ten times the page faults.
+    With `hugepages` it is a memfd on hugetlbfs, reserved whole.
 
     `native` is the ``struct guest_mem *`` through which C translates guest addresses.
     Raises UsageError when the host cannot give that much memory.
@@ -33,29 +38,7 @@ class GuestMemory:
 
     def __init__(self, size: int, *, hugepages: bool = False) -> None:
         self.size = size
-        flags = os.MFD_CLOEXEC | (os.MFD_HUGETLB if hugepages else 0)
-        self._fd = os.memfd_create("guest-ram", flags)
-        try:
-            os.ftruncate(self._fd, size)
-            # NORESERVE: a guest seldom touches all it has. Huge pages are reserved, because
-            # running out of them later would kill the monitor with SIGBUS.
-            self._mmap = mmap.mmap(
-                self._fd,
-                size,
-                flags=mmap.MAP_SHARED | (0 if hugepages else MAP_NORESERVE),
-            )
-        except OSError as error:
-            os.close(self._fd)
-            if hugepages:
-                pages = -(-size // HUGE_PAGE_SIZE)
-                raise UsageError(
-                    f"{pages} free huge pages of 2 MiB are needed for {size >> 20} MiB of guest "
-                    f"memory; reserve them with: sudo sysctl vm.nr_hugepages={pages}"
-                ) from error
-            raise UsageError(
-                f"cannot map {size >> 20} MiB of guest memory ({error.strerror}); "
-                "give the guest less with --memory"
-            ) from error
+        self._mmap = _map_hugetlb(size) if hugepages else _map_anonymous(size)
         self._view = memoryview(self._mmap)
         self._pin = ffi.from_buffer(self._mmap)
         hva = int(ffi.cast("uintptr_t", self._pin))
@@ -95,4 +78,33 @@ class GuestMemory:
         ffi.release(self._pin)
         self._view.release()
         self._mmap.close()
-        os.close(self._fd)
+
+
+def _map_anonymous(size: int) -> mmap.mmap:
+    try:
+        # NORESERVE: a guest seldom touches all that it has.
+        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    except OSError as error:
+        raise UsageError(
+            f"cannot map {size >> 20} MiB of guest memory ({error.strerror}): "
+            "give the guest less with --memory"
+        ) from None
+    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
+
+
+def _map_hugetlb(size: int) -> mmap.mmap:
+    fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+    try:
+        os.ftruncate(fd, size)
+        # Reserved here and now: running out of huge pages later would be a SIGBUS.
+        return mmap.mmap(fd, size)
+    except OSError:
+        pages = size // HUGE_PAGE_SIZE
+        raise UsageError(
+            f"{pages} free huge pages of 2 MiB are needed for {size >> 20} MiB of guest memory: "
+            f"reserve them with 'sudo sysctl vm.nr_hugepages={pages}'"
+        ) from None
+    finally:
+        os.close(fd)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pyvmm import layout
 from pyvmm._core import ffi, lib
+from pyvmm.errors import UsageError
 from pyvmm.machine.memory import GuestMemory
 
 MIB = 1 << 20
@@ -51,3 +54,15 @@ def test_what_is_not_wholly_ram_is_refused(gpa: int, size: int) -> None:
     with pytest.raises(ValueError, match="not guest RAM"):
         memory.view(gpa, size)
     memory.close()
+
+
+def test_huge_pages_that_the_host_does_not_have_are_refused_with_the_fix() -> None:
+    free = int(Path("/proc/sys/vm/nr_hugepages").read_text())
+    size = (free + 1) * 2 * MIB
+    with pytest.raises(UsageError, match=rf"sudo sysctl vm\.nr_hugepages={free + 1}'"):
+        GuestMemory(size, hugepages=True)
+
+
+def test_more_memory_than_addresses_is_refused() -> None:
+    with pytest.raises(UsageError, match="give the guest less with --memory"):
+        GuestMemory(1 << 60)
