@@ -14,6 +14,7 @@ time, PV EOI, IPIs, TLB flush, unhalt). KVM_HINTS_REALTIME stays off: vCPUs may 
 
 from __future__ import annotations
 
+import struct
 from collections import namedtuple
 
 TYPE_CHECKING = False
@@ -49,6 +50,9 @@ _REMOVED_LEAVES = frozenset(
     )
 )
 
+_BRAND_LEAVES = range(0x8000_0002, 0x8000_0005)
+_BRAND_SIZE = 48
+
 _CACHE_TYPE = 0x1F  # leaves 4 and 0x8000_001D, EAX: 0 ends the list of caches
 
 # Leaves 0xB and 0x1F, ECX bits 15-8.
@@ -79,13 +83,30 @@ class CpuidEntry(namedtuple("CpuidEntry", "function subleaf flags eax ebx ecx ed
         )
 
 
+def host_cpu_model() -> str:
+    """The name of the host's CPU, such as "AMD EPYC 7763 64-Core Processor"; "" if not known."""
+    with open("/proc/cpuinfo", "rb", buffering=0) as file:
+        text = file.read(4096)
+    for line in text.split(b"\n"):
+        if line.startswith(b"model name"):
+            return line.partition(b":")[2].strip().decode("ascii", "replace")
+    return ""
+
+
 def guest_cpuid(
-    supported: Iterable[CpuidEntry], *, cpus: int, cpu_index: int, tsc_deadline: bool = True
+    supported: Iterable[CpuidEntry],
+    *,
+    cpus: int,
+    cpu_index: int,
+    model: str = "",
+    tsc_deadline: bool = True,
 ) -> list[CpuidEntry]:
     """The leaves of vCPU ``cpu_index`` out of ``cpus``, from what KVM supports.
 
+    ``model`` is the processor's name, of which KVM says nothing; the first 47 characters count.
     ``tsc_deadline``: KVM_CAP_TSC_DEADLINE_TIMER, which KVM_GET_SUPPORTED_CPUID leaves out.
     """
+    brand = model.encode("ascii", "replace")[: _BRAND_SIZE - 1].ljust(_BRAND_SIZE, b"\0")
     supported = list(supported)
     id_bits = (cpus - 1).bit_length()  # of an APIC ID
     last_id = (1 << id_bits) - 1
@@ -111,6 +132,9 @@ def guest_cpuid(
             ecx &= ~(_ECX_SVM | _ECX_PERFCTR)
             if amd:
                 ecx = ecx & ~_ECX_CMP_LEGACY | (_ECX_CMP_LEGACY if cpus > 1 else 0)
+        elif function in _BRAND_LEAVES:
+            part = (function - _BRAND_LEAVES[0]) * 16
+            eax, ebx, ecx, edx = struct.unpack_from("<4I", brand, part)
         elif function == 0x8000_0008 and amd:
             # Bits 15-12: the width of a core ID; 7-0: the number of cores - 1.
             ecx = ecx & ~0xF0FF | id_bits << 12 | cpus - 1

@@ -262,11 +262,13 @@ class Board:
     def _set_cpus_up(self, kvm: Kvm, entry: EntryState) -> None:
         tsc_deadline = kvm.check_extension(kvm_uapi.KVM_CAP_TSC_DEADLINE_TIMER) > 0
         supported = [cpuid.CpuidEntry.from_kvm(leaf) for leaf in kvm.get_supported_cpuid()]
+        model = cpuid.host_cpu_model()
         for vcpu in self.vcpus:
             leaves = cpuid.guest_cpuid(
                 supported,
                 cpus=len(self.vcpus),
                 cpu_index=vcpu.index,
+                model=model,
                 tsc_deadline=tsc_deadline,
             )
             vcpu.handle.set_cpuid2([kvm_uapi.kvm_cpuid_entry2(*leaf) for leaf in leaves])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from pyvmm.boot.cpuid import SIGNIFICANT_INDEX, CpuidEntry, guest_cpuid
+from pyvmm.boot.cpuid import SIGNIFICANT_INDEX, CpuidEntry, guest_cpuid, host_cpu_model
 
 ALL_ONES = 0xFFFF_FFFF
 
@@ -31,6 +34,7 @@ HOST_LEAVES = [
     *(leaf(0xB, i, eax=7, ebx=64, ecx=i | (i + 1) << 8, edx=9) for i in range(2)),
     *(leaf(0x1F, i, eax=7, ebx=64, ecx=i | (i + 1) << 8, edx=9) for i in range(2)),
     leaf(0x8000_0001, ecx=ALL_ONES, edx=ALL_ONES),
+    *(leaf(function) for function in (0x8000_0002, 0x8000_0003, 0x8000_0004)),
     leaf(0x8000_0008, eax=0x3030, ecx=0x7001),
     leaf(0x8000_000A, eax=1),
     *(leaf(0x8000_001D, i, eax) for i, eax in enumerate((L1, L2, L3, 0))),
@@ -46,7 +50,7 @@ SIZES = [(cpus, index) for cpus in (1, 2, 3, 4, 64, 255) for index in {0, cpus /
 
 
 def cpuid(
-    host: list[CpuidEntry], cpus: int, index: int, **options: bool
+    host: list[CpuidEntry], cpus: int, index: int, **options: Any
 ) -> dict[tuple[int, int], CpuidEntry]:
     leaves = guest_cpuid(host, cpus=cpus, cpu_index=index, **options)
     by_number = {(entry.function, entry.subleaf): entry for entry in leaves}
@@ -112,6 +116,25 @@ def test_what_the_machine_does_not_have(host: list[CpuidEntry]) -> None:
     assert leaves[1, 0].ecx & (monitor | vmx | pdcm) == 0
     svm, perfctr_core = 1 << 2, 1 << 23
     assert leaves[0x8000_0001, 0].ecx & (svm | perfctr_core) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "brand"),
+    [
+        ("A CPU of 4 cores", b"A CPU of 4 cores".ljust(48, b"\0")),
+        ("x" * 60, b"x" * 47 + b"\0"),
+        ("", bytes(48)),
+        ("\N{SNOWMAN}", b"?".ljust(48, b"\0")),
+    ],
+)
+def test_model_name(model: str, brand: bytes) -> None:
+    leaves = cpuid(INTEL, 1, 0, model=model)
+    registers = [leaves[0x8000_0002 + i, 0][3:] for i in range(3)]
+    assert b"".join(r.to_bytes(4, "little") for row in registers for r in row) == brand
+
+
+def test_model_of_this_host() -> None:
+    assert host_cpu_model() in Path("/proc/cpuinfo").read_text()
 
 
 def test_hypervisor_and_its_timer() -> None:
