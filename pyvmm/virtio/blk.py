@@ -46,8 +46,8 @@ _CONFIG_WCE = 1 << uapi.VIRTIO_BLK_F_CONFIG_WCE
 class VirtioBlk(VirtioDevice):
     """A disk. `image` must stay open as long as the device lives.
 
-    `serial` is what the guest finds as the disk's serial number; `queues` how many requests queues
-    there are, each with a thread of its own, of `queue_size` descriptors; `writethrough` makes
+    `serial` is what the guest finds as the disk's serial number; `queues` how many request queues
+    there are, each of `queue_size` descriptors and with a thread of its own; `writethrough` makes
     each write stable before it is complete, where the driver does not choose itself.
 
     `engine` says how requests are executed, "io_uring" or "sync"; `engine_remark` is empty, or
@@ -98,6 +98,7 @@ class VirtioBlk(VirtioDevice):
             },
         )
         self._features = 0  # negotiated
+        self._lock = threading.Lock()  # for the two lists; the threads never take it
         self._queues: list[Any] = []
         self._threads: list[threading.Thread] = []
 
@@ -119,58 +120,69 @@ class VirtioBlk(VirtioDevice):
             self._writethrough = True
             self.config_changed()
         self._set_writethrough(self._writethrough)
-        for queue in activation.queues:
-            if queue is None:
-                continue
-            native = lib.virtio_blk_queue_create(
-                self._device,
-                lib.BLK_ENGINE_IO_URING if self.engine == "io_uring" else lib.BLK_ENGINE_SYNC,
-                activation.memory,
-                queue.config,
-                queue.kick,
-                activation.irq,
-            )
-            if native == ffi.NULL:
-                raise OSError(ffi.errno, os.strerror(ffi.errno))
-            self._queues.append(native)
-        self.resume()
+        engine = lib.BLK_ENGINE_IO_URING if self.engine == "io_uring" else lib.BLK_ENGINE_SYNC
+        with self._lock:
+            for queue in activation.queues:
+                if queue is None:
+                    continue
+                native = lib.virtio_blk_queue_create(
+                    self._device,
+                    engine,
+                    activation.memory,
+                    queue.config,
+                    queue.kick,
+                    activation.irq,
+                )
+                if native == ffi.NULL:
+                    raise OSError(ffi.errno, os.strerror(ffi.errno))
+                self._queues.append(native)
+            self._start()
 
     def deactivate(self) -> None:
         """Completes what is in flight, stops the threads and frees the queues."""
-        self.pause()
-        for native in self._queues:
-            lib.virtio_blk_queue_destroy(native)
-        self._queues = []
+        with self._lock:
+            self._stop()
+            for native in self._queues:
+                lib.virtio_blk_queue_destroy(native)
+            self._queues = []
         self._writethrough = self._default_writethrough
 
     def pause(self) -> None:
         """Completes what is in flight; until `resume` guest memory is not touched. Idempotent."""
-        for native in self._queues if self._threads else ():
-            lib.virtio_blk_queue_stop(native)
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
+        with self._lock:
+            self._stop()
 
     def resume(self) -> None:
         """Serves the queues again after `pause`; does nothing while the device is not active."""
-        if self._threads:
-            return
-        self._threads = [
-            threading.Thread(target=self._serve, args=(native,), name=f"blk{index}", daemon=True)
-            for index, native in enumerate(self._queues)
-        ]
-        for thread in self._threads:
-            thread.start()
+        with self._lock:
+            if not self._threads:
+                self._start()
 
     @property
     def counters(self) -> dict[str, int]:
         """Since activation, all queues together: see ``struct virtio_blk_counters``."""
         totals = dict.fromkeys(("requests", "failed", "interrupts", "malformed"), 0)
-        for native in self._queues:
-            counters = lib.virtio_blk_queue_counters(native)
-            for name in totals:
-                totals[name] += getattr(counters, name)
+        with self._lock:
+            for native in self._queues:
+                counters = lib.virtio_blk_queue_counters(native)
+                for name in totals:
+                    totals[name] += getattr(counters, name)
         return totals
+
+    def _start(self) -> None:
+        for index, native in enumerate(self._queues):
+            name = f"blk{index}"
+            thread = threading.Thread(target=self._serve, args=(native,), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _stop(self) -> None:
+        if self._threads:
+            for native in self._queues:
+                lib.virtio_blk_queue_stop(native)
+            for thread in self._threads:
+                thread.join()
+            self._threads = []
 
     def _serve(self, native: Any) -> None:
         result = lib.virtio_blk_queue_run(native)
