@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 
+from pyvmm import layout
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,9 +19,6 @@ SCI_EN = 1 << 0
 SLP_TYP_SHIFT = 10
 SLP_TYP_MASK = 7 << SLP_TYP_SHIFT
 SLP_EN = 1 << 13
-
-# The SLP_TYP that firmware/dsdt.asl names in \_S5.
-SLP_TYP_S5 = 5
 
 I8042_PULSE_RESET = 0xFE
 
@@ -83,7 +82,7 @@ class Pm1Control:
             shift = 8 * address
             value = value & ~(0xFF << shift) | byte << shift
         self._value = value & 0xFFFF & ~SLP_EN  # SLP_EN reads as zero
-        if value & SLP_EN and (value & SLP_TYP_MASK) >> SLP_TYP_SHIFT == SLP_TYP_S5:
+        if value & SLP_EN and (value & SLP_TYP_MASK) >> SLP_TYP_SHIFT == layout.ACPI_S5_SLEEP_TYPE:
             self._on_poweroff()
 
 

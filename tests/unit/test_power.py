@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pyvmm.platform.power import PWRBTN, SLP_EN, SLP_TYP_S5, Pm1Control, Pm1Events, ResetPort
+from pyvmm.layout import ACPI_S5_SLEEP_TYPE
+from pyvmm.platform.power import PWRBTN, SLP_EN, Pm1Control, Pm1Events, ResetPort
 from pyvmm.platform.pvpanic import PANICKED, PvPanic
 
 
@@ -31,10 +32,10 @@ def test_a_button_that_is_not_enabled_raises_nothing() -> None:
 def test_only_sleep_enable_with_the_type_of_s5_turns_off() -> None:
     calls: list[str] = []
     control = Pm1Control(lambda: calls.append("off"))
-    control.write(0, (SLP_TYP_S5 << 10).to_bytes(2, "little"))
+    control.write(0, (ACPI_S5_SLEEP_TYPE << 10).to_bytes(2, "little"))
     control.write(0, (SLP_EN | 1 << 10).to_bytes(2, "little"))
     assert not calls
-    control.write(0, (SLP_EN | SLP_TYP_S5 << 10).to_bytes(2, "little"))
+    control.write(0, (SLP_EN | ACPI_S5_SLEEP_TYPE << 10).to_bytes(2, "little"))
     assert calls == ["off"]
     assert control.read(0, 2)[0] & 1, "SCI_EN: ACPI mode is on"
     assert not control.read(0, 2)[1] & SLP_EN >> 8
