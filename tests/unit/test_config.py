@@ -185,7 +185,11 @@ def test_serial_leaves_stdio_to_the_console() -> None:
     ],
 )
 def test_command_line(options: dict[str, object], command_line: str) -> None:
-    assert config(**options).command_line() == command_line
+    assert config(**options).command_line() == f"pci=off {command_line}".strip()
+
+
+def test_pci_in_the_parameters_replaces_pci_off() -> None:
+    assert config(append="pci=conf1").command_line() == "console=ttyS0 pci=conf1"
 
 
 def test_options_replace_what_the_file_says(tmp_path: Path) -> None:
@@ -274,7 +278,7 @@ configs = st.builds(
             direct=st.booleans(),
             cache=st.sampled_from(["writeback", "writethrough"]),
             queues=st.integers(1, 16),
-            queue_size=st.sampled_from([2, 256, 1024]),
+            queue_size=st.sampled_from([4, 256, 1024]),
             serial=st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20),
         ),
         max_size=3,
