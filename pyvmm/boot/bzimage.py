@@ -8,6 +8,7 @@ from pyvmm.boot._generated_uapi import XLF_KERNEL_64, setup_header
 from pyvmm.errors import UsageError
 
 _HEADER_OFFSET = 0x1F1  # of struct setup_header in the file
+_JUMP_OFFSET = 0x201  # the operand of a short jump over the header, relative to its own end
 _MAGIC_OFFSET = 0x202
 _SECTOR = 512
 _MIN_VERSION = 0x20C  # the first with xloadflags (Linux 3.8)
@@ -34,7 +35,10 @@ class BzImage:
         """
         if file_size < _HEADER_OFFSET + sizeof(setup_header):
             raise UsageError(f"kernel '{path}' is truncated: it ends within its setup header")
-        self.header = header = setup_header.from_buffer_copy(head, _HEADER_OFFSET)
+        # boot.rst: the header ends where the jump at its start goes. Its fields that are younger
+        # than the kernel are 0.
+        own = head[: _MAGIC_OFFSET + head[_JUMP_OFFSET]].ljust(len(head), b"\0")
+        self.header = header = setup_header.from_buffer_copy(own, _HEADER_OFFSET)
         if header.version < _MIN_VERSION:
             version = f"{header.version >> 8}.{header.version & 0xFF:02}"
             raise UsageError(

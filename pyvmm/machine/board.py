@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from pyvmm.backends.chardev import Chardev
-    from pyvmm.boot.linux import EntryState
+    from pyvmm.boot.entry import EntryState
     from pyvmm.config import VmConfig
     from pyvmm.kvm.handles import Kvm, Vcpu
     from pyvmm.virtio.device import VirtioDevice

@@ -14,7 +14,7 @@ from support import kernel_images as images
 from support.kernel_images import LOAD_GPA, Load, Memory
 
 from pyvmm import layout
-from pyvmm.boot import linux
+from pyvmm.boot import entry, linux
 from pyvmm.boot._generated_uapi import boot_params
 from pyvmm.boot.linux import load_kernel, resolve_kernel
 from pyvmm.errors import UsageError
@@ -54,9 +54,9 @@ def check_vmlinux_loaded(memory: Memory) -> None:
 
 
 def test_vmlinux(tmp_path: Path, memory: Memory) -> None:
-    entry = load_kernel(memory, images.file(tmp_path, VMLINUX), None, "console=ttyS0")
-    assert entry.rip == LOAD_GPA + 16
-    assert entry.rsi == layout.ZERO_PAGE
+    state = load_kernel(memory, images.file(tmp_path, VMLINUX), None, "console=ttyS0")
+    assert state.rip == LOAD_GPA + 16
+    assert state.rsi == layout.ZERO_PAGE
     check_vmlinux_loaded(memory)
     header = zero_page(memory).hdr
     assert header.header == int.from_bytes(b"HdrS", "little")
@@ -69,8 +69,8 @@ def test_vmlinux(tmp_path: Path, memory: Memory) -> None:
 
 def test_bzimage_is_unpacked_and_its_vmlinux_entered(tmp_path: Path, memory: Memory) -> None:
     image = images.bzimage(gzip.compress(VMLINUX), cmdline_size=255)
-    entry = load_kernel(memory, images.file(tmp_path, image), None, "", acpi_rsdp=0xE0000)
-    assert entry.rip == LOAD_GPA + 16
+    state = load_kernel(memory, images.file(tmp_path, image), None, "", acpi_rsdp=0xE0000)
+    assert state.rip == LOAD_GPA + 16
     check_vmlinux_loaded(memory)
     params = zero_page(memory)
     assert params.hdr.cmdline_size == 255  # the image's own header is passed on
@@ -80,8 +80,8 @@ def test_bzimage_is_unpacked_and_its_vmlinux_entered(tmp_path: Path, memory: Mem
 
 def test_bzimage_entered_itself(tmp_path: Path, memory: Memory, cache: Path) -> None:
     image = images.bzimage(b"payload that only the guest can unpack", setup_sects=3)
-    entry = load_kernel(memory, images.file(tmp_path, image), None, "", boot="bzimage")
-    assert entry.rip == LOAD_GPA + 0x200
+    state = load_kernel(memory, images.file(tmp_path, image), None, "", boot="bzimage")
+    assert state.rip == LOAD_GPA + 0x200
     code = image[4 * images.SECTOR :]
     assert memory.read(LOAD_GPA, len(code)) == code
     assert not cache.exists()
@@ -100,19 +100,29 @@ def test_signature_after_the_kernel_is_no_part_of_it(tmp_path: Path, memory: Mem
     assert memory.read(LOAD_GPA + size, 8) == bytes(8)
 
 
+def test_fields_younger_than_the_kernel(tmp_path: Path, memory: Memory) -> None:
+    image = bytearray(images.bzimage(gzip.compress(VMLINUX), version=0x20C))
+    image[0x201] = 0x62  # the header ends at 0x264
+    image[0x264:0x270] = b"\xcc" * 12
+    load_kernel(memory, images.file(tmp_path, bytes(image)), None, "")
+    header = zero_page(memory).hdr
+    assert header.init_size == MIB
+    assert (header.handover_offset, header.kernel_info_offset) == (0, 0)
+
+
 def test_registers_and_tables_of_the_64_bit_entry(tmp_path: Path, memory: Memory) -> None:
-    entry = load_kernel(memory, images.file(tmp_path, VMLINUX), None, "")
-    assert entry.cr0 & (1 << 31 | 1) == 1 << 31 | 1  # paging, protected mode
-    assert entry.cr4 == 1 << 5  # PAE
-    assert entry.efer == 1 << 8 | 1 << 10  # LME, LMA
-    assert entry.rflags & 1 << 9 == 0  # interrupts off
-    assert (entry.code.selector, entry.data.selector) == (0x10, 0x18)
-    gdt = struct.unpack("<6Q", memory.read(entry.gdt_base, entry.gdt_limit + 1))
+    state = load_kernel(memory, images.file(tmp_path, VMLINUX), None, "")
+    assert state.cr0 & (1 << 31 | 1) == 1 << 31 | 1  # paging, protected mode
+    assert state.cr4 == 1 << 5  # PAE
+    assert state.efer == 1 << 8 | 1 << 10  # LME, LMA
+    assert state.rflags & 1 << 9 == 0  # interrupts off
+    assert (state.code.selector, state.data.selector) == (0x10, 0x18)
+    gdt = struct.unpack("<6Q", memory.read(state.gdt_base, state.gdt_limit + 1))
     # Flat 64-bit code, flat data (APM vol. 2, 4.8), accessed; a busy TSS of 64 KiB at 0.
     assert gdt == (0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x8B00_0000_FFFF, 0)
     for gpa in (0, layout.ZERO_PAGE, LOAD_GPA, KERNEL_END, (1 << 30) - 1):
-        assert translate(memory, entry.cr3, gpa) == gpa
-    assert translate(memory, entry.cr3, 1 << 30) is None
+        assert translate(memory, state.cr3, gpa) == gpa
+    assert translate(memory, state.cr3, 1 << 30) is None
 
 
 def translate(memory: Memory, cr3: int, address: int) -> int | None:
@@ -131,7 +141,7 @@ def translate(memory: Memory, cr3: int, address: int) -> int | None:
 
 
 def test_kernel_above_1_gib_is_mapped() -> None:
-    assert len(linux._identity_map((2 << 30) + 1)) == 5 * layout.PAGE_SIZE
+    assert len(entry._identity_map((2 << 30) + 1)) == 5 * layout.PAGE_SIZE
 
 
 @pytest.mark.parametrize("high", [0, 1 << 30])
