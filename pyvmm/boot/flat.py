@@ -13,7 +13,6 @@ The file: header, extents, then the data of the extents one after the other.
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from contextlib import suppress
@@ -22,15 +21,17 @@ from pyvmm.boot.files import read_into
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable
 
     from pyvmm.boot.elf import Segment
     from pyvmm.boot.memory import GuestMemory
 
 _MAGIC = b"pyvmmK01"
-_FINGERPRINT_SIZE = 2 * mmap.PAGESIZE
-_HEADER = struct.Struct(f"<8sQQQQ{_FINGERPRINT_SIZE}s")  # magic, entry, start, end, extents
+_SAMPLE_SIZE = 4096  # of the beginning and of the end of the kernel file
+_HEADER = struct.Struct(f"<8sQQQQ{2 * _SAMPLE_SIZE}s")  # magic, entry, start, end, extents
 _EXTENT = struct.Struct("<QQ")  # gpa, size
+_FIRST_READ = 16 << 10  # holds the header, and the extents of every kernel seen so far
 _ENTRIES_KEPT = 8  # of some 40 MiB each
 
 # Runs of zeroes of this size are left out: .bss takes 10 MiB in the file of a Debian kernel.
@@ -74,9 +75,9 @@ def flat_kernel(
     name = (
         f"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}.flat"
     )
-    # Short files are padded by struct.
-    tail = max(0, status.st_size - mmap.PAGESIZE)
-    fingerprint = os.pread(kernel_fd, mmap.PAGESIZE, 0) + os.pread(kernel_fd, mmap.PAGESIZE, tail)
+    tail = max(0, status.st_size - _SAMPLE_SIZE)
+    fingerprint = os.pread(kernel_fd, _SAMPLE_SIZE, 0) + os.pread(kernel_fd, _SAMPLE_SIZE, tail)
+    fingerprint = fingerprint.ljust(2 * _SAMPLE_SIZE, b"\0")
     directory = _cache_directory()
     return _open_cached(f"{directory}/{name}", fingerprint) or _flatten(
         directory, name, fingerprint, *unpack()
@@ -108,15 +109,17 @@ def _open_cached(path: str, fingerprint: bytes) -> FlatKernel | None:
 
 
 def _parse(fd: int, fingerprint: bytes) -> FlatKernel | None:
-    head = os.pread(fd, mmap.PAGESIZE * 4, 0)
+    head = os.pread(fd, _FIRST_READ, 0)
     if len(head) < _HEADER.size:
         return None
     magic, entry, start, end, count, found = _HEADER.unpack_from(head)
     extents_end = _HEADER.size + count * _EXTENT.size
-    if magic != _MAGIC or found != fingerprint.ljust(_FINGERPRINT_SIZE, b"\0"):
+    if magic != _MAGIC or found != fingerprint:
         return None
     if extents_end > len(head):
         head = os.pread(fd, extents_end, 0)
+    if extents_end > len(head):
+        return None
     extents = [_EXTENT.unpack_from(head, o) for o in range(_HEADER.size, extents_end, _EXTENT.size)]
     # A power failure after the rename may leave a file that is too short: file systems set the
     # size when the data is on the disk.
