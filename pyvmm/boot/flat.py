@@ -32,7 +32,9 @@ _SAMPLE_SIZE = 4096  # of the beginning and of the end of the kernel file
 _HEADER = struct.Struct(f"<8sQQQQ{2 * _SAMPLE_SIZE}s")  # magic, entry, start, end, extents
 _EXTENT = struct.Struct("<QQ")  # gpa, size
 _FIRST_READ = 16 << 10  # holds the header, and the extents of every kernel seen so far
-_ENTRIES_KEPT = 8  # of some 40 MiB each
+# What stays in the cache: some ten kernels of a distribution, and many small ones of tests.
+_KEPT_BYTES = 400 << 20
+_KEPT_ENTRIES = 100
 
 # Runs of zeroes of this size are left out: .bss takes 10 MiB in the file of a Debian kernel.
 _BLOCK = 64 << 10
@@ -187,7 +189,8 @@ def _write_cached(directory: str, name: str, write: Callable[[int], None]) -> in
         os.close(fd)
         os.unlink(temporary)
         raise
-    _forget_old_entries(directory)
+    with suppress(FileNotFoundError):  # another process may do the same
+        _forget_old_entries(directory)
     return fd
 
 
@@ -195,5 +198,8 @@ def _forget_old_entries(directory: str) -> None:
     """Removes all but the most recently used entries, and what crashed writers left."""
     with os.scandir(directory) as entries:
         by_age = sorted(entries, key=lambda entry: entry.stat().st_mtime_ns, reverse=True)
-    for entry in by_age[_ENTRIES_KEPT:]:
-        os.unlink(entry)
+    total = 0
+    for index, entry in enumerate(by_age):
+        total += entry.stat().st_size
+        if index >= _KEPT_ENTRIES or total > _KEPT_BYTES:
+            os.unlink(entry)

@@ -153,15 +153,26 @@ def test_relative_cache_directory_is_ignored(
     assert len(entries(tmp_path / ".cache" / "pyvmm" / "kernels")) == 1
 
 
-def test_oldest_entries_go(tmp_path: Path, cache: Path, parsed: list[str]) -> None:
-    paths = [images.file(tmp_path, VMLINUX, f"kernel{i}") for i in range(flat._ENTRIES_KEPT + 1)]
+@pytest.mark.parametrize(
+    ("limit", "value"), [("_KEPT_ENTRIES", 3), ("_KEPT_BYTES", 700_000)], ids=["number", "size"]
+)
+def test_oldest_entries_go(
+    tmp_path: Path,
+    cache: Path,
+    parsed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    value: int,
+) -> None:
+    monkeypatch.setattr(flat, limit, value)
+    paths = [images.file(tmp_path, VMLINUX, f"kernel{i}") for i in range(4)]
     for i, path in enumerate(paths[:-1]):
         load(path)
         newest = max(entries(cache), key=lambda entry: entry.stat().st_mtime_ns)
         os.utime(newest, (i, i))
     load(paths[0])  # used again: now the newest
     load(paths[-1])
-    assert len(entries(cache)) == flat._ENTRIES_KEPT
+    assert len(entries(cache)) == 3
     del parsed[:]
     load(paths[0])
     assert parsed == []
