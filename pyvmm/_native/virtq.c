@@ -71,6 +71,7 @@ static bool walk_chain(const struct virtq *vq, uint16_t head, struct virtq_chain
     uint32_t used_iov = 0;
     uint64_t readable_bytes = 0;
     uint64_t total_bytes = 0;
+    bool in_indirect = false;
     bool writable_seen = false;
 
     for (;;) {
@@ -79,7 +80,7 @@ static bool walk_chain(const struct virtq *vq, uint16_t head, struct virtq_chain
         if (desc.flags & VRING_DESC_F_INDIRECT) {
             /* At most one table, and the last in its chain (2.7.5.3.1). The descriptor that
              * names it does not count as part of the chain: Linux fills tables of `size`. */
-            if (!vq->indirect || table != vq->desc || (desc.flags & VRING_DESC_F_NEXT))
+            if (!vq->indirect || in_indirect || (desc.flags & VRING_DESC_F_NEXT))
                 return false;
             if (desc.len == 0 || desc.len % sizeof(desc) != 0)
                 return false;
@@ -88,6 +89,7 @@ static bool walk_chain(const struct virtq *vq, uint16_t head, struct virtq_chain
                 return false;
             table_size = desc.len / sizeof(desc);
             index = 0;
+            in_indirect = true;
             continue;
         }
 
