@@ -311,8 +311,8 @@ def _run_here(config: VmConfig) -> int:
     with _EndOnSignals() as signals, VM(config) as vm:
         vm.start()
         signals.end(vm.stop)
-        for device, place in vm.connections.items():
-            print(f"pyvmm: {device} is {place}", file=sys.stderr)
+        for remark in vm.remarks:
+            print(f"pyvmm: {remark}", file=sys.stderr)
         outcome = vm.wait(config.timeout)
     outcome.check()
     return outcome.status

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyvmm.errors import GuestCrash, PyvmmError
     from pyvmm.kvm.handles import Kvm
     from pyvmm.machine.board import Board
+    from pyvmm.virtio.blk import VirtioBlk
     from pyvmm.virtio.device import VirtioDevice
 
 # After the first words of a panic, the time that the kernel gets to print the rest of it.
@@ -70,7 +71,7 @@ class VM:
             raise TypeError("VM takes a VmConfig or settings, not both")
         self.config = config
         self.outcome: Outcome | None = None
-        self.connections: dict[str, str] = {}  # where the guest's consoles can be reached
+        self.remarks: list[str] = []  # what the user should know once it is started
         self._resources = ExitStack()
         self._devices: list[VirtioDevice] = []
         self._board: Board | None = None
@@ -161,7 +162,10 @@ class VM:
         config = self.config
         self.serial = self._open_chardev(config.serial, "serial port ttyS0", stack)
         for disk in config.disks:
-            self._devices.append(_open_disk(disk, stack))
+            blk = _open_disk(disk, stack)
+            self._devices.append(blk)
+            if blk.engine_remark and blk.engine_remark not in self.remarks:
+                self.remarks.append(blk.engine_remark)
         if config.console.kind != "none":
             from pyvmm.virtio.console import VirtioConsole
 
@@ -178,7 +182,7 @@ class VM:
         chardev = open_chardev(config.kind, config.path, on_quit=self._on_quit)
         stack.callback(chardev.close)
         if chardev.description:
-            self.connections[name] = chardev.description
+            self.remarks.append(f"{name} is {chardev.description}")
         return chardev
 
     def _watch_output(self, data: bytes) -> None:
@@ -333,7 +337,7 @@ def _eventfd(stack: ExitStack) -> int:
     return fd
 
 
-def _open_disk(config: DiskConfig, stack: ExitStack) -> VirtioDevice:
+def _open_disk(config: DiskConfig, stack: ExitStack) -> VirtioBlk:
     from pyvmm.backends.disk import open_image
     from pyvmm.virtio.blk import VirtioBlk
 

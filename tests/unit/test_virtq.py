@@ -32,7 +32,7 @@ STATE = ("broken", "next_avail", "next_used", "published_used", "chains", "malfo
 # Two small regions with a hole: rings and buffers are in the first, edges are near everything.
 REGIONS = {0x1000: 0x1800, 0x3000: 0x210}
 BUFFERS = Buffer(0x2000, 0x400)
-TABLE, DATA = 0x2400, 0x2600
+RINGS, TABLE, DATA = 0x1000, 0x2400, 0x2600
 N, W, I = DESC_F_NEXT, DESC_F_WRITE, DESC_F_INDIRECT  # noqa: E741
 
 
@@ -118,10 +118,14 @@ def hostile_chains(draw: st.DrawFn) -> HostileChain:
     return HostileChain(tuples[:direct], tuples[direct:])
 
 
-@given(chain=hostile_chains(), size=st.sampled_from([1, 4, 8]), indirect=st.booleans())
+@given(
+    chain=hostile_chains(),
+    size=st.sampled_from([1, 4, 8, 8]),
+    indirect=st.sampled_from([True, True, True, False]),
+)
 @settings(max_examples=600, deadline=None)
 def test_hostile_chains_come_out_alike(chain: HostileChain, size: int, indirect: bool) -> None:
-    twin = Twin(ring_config(size, indirect=indirect))
+    twin = Twin(ring_config(size, RINGS, indirect=indirect))
     for index, link in enumerate(chain.direct[:size]):
         twin.driver.write_desc(index, *link)
     for index, link in enumerate(chain.table):
@@ -142,7 +146,7 @@ class Twins(RuleBasedStateMachine):
         overlap=st.sampled_from(["", "", "", "used on desc", "used on avail", "avail on desc"]),
     )
     def start(self, size: int, event_idx: bool, indirect: bool, start: int, overlap: str) -> None:
-        config = ring_config(size, event_idx=event_idx, indirect=indirect)
+        config = ring_config(size, RINGS, event_idx=event_idx, indirect=indirect)
         if overlap == "used on desc":
             config = config._replace(used_gpa=config.desc_gpa)
         elif overlap == "used on avail":
@@ -302,7 +306,7 @@ def test_both_accept_the_same_configurations(
 def make_pair(request: pytest.FixtureRequest) -> Callable[..., tuple[FakeDriver, Ring]]:
     def pair(size: int = 8, **options: bool) -> tuple[FakeDriver, Ring]:
         memory = make_memory()
-        config = ring_config(size, **options)
+        config = ring_config(size, RINGS, **options)
         return FakeDriver(memory, config, BUFFERS), request.param(memory, config)
 
     return pair
@@ -368,13 +372,15 @@ MALFORMED = {
     "half a descriptor": [(TABLE, 24, I, 0)],
     "table outside guest memory": [(0x27F0, 32, I, 0)],
     "table in a table": [(TABLE + 32, 16, I, 0)],
+    "the queue's own table as a table": [(RINGS, 16, I, 0)],
     "loop in a table": [(TABLE + 16, 16, I, 0)],
+    "next outside an indirect table": [(TABLE + 48, 16, I, 0)],
 }
 
 
 def fill_table(driver: FakeDriver) -> None:
-    """Indirect descriptors at TABLE: a good one, a loop, and a table."""
-    links = [(DATA, 1, 0, 0), (DATA, 1, N, 0), (TABLE, 16, I, 0)]
+    """Indirect descriptors at TABLE: a good one, a loop, a table, and one with a next."""
+    links = [(DATA, 1, 0, 0), (DATA, 1, N, 0), (TABLE, 16, I, 0), (DATA, 1, N, 1)]
     for index, link in enumerate(links):
         driver.write_desc((TABLE - driver.config.desc_gpa) // 16 + index, *link)
 
