@@ -259,7 +259,7 @@ class FakeVm:
 
     def __init__(self, outcome: Outcome | None) -> None:
         self.outcome = outcome
-        self.connections = {"console hvc0": "pseudo-terminal /dev/pts/9"}
+        self.remarks = ["console hvc0 is pseudo-terminal /dev/pts/9"]
         self.calls: list[object] = []
         self.ended = threading.Event()
 
