@@ -210,6 +210,7 @@ static void mount_host_root(void)
     mkdir("/host/dev/pts", 0755);
     mkdir("/host/dev/shm", 01777);
     must_mount("devpts", "/host/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "mode=0620,ptmxmode=0666");
+    must_mount("/host/dev/pts", "/dev/pts", NULL, MS_BIND, NULL);
     must_mount("tmpfs", "/host/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777,size=90%");
     must_mount("tmpfs", "/host/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755");
     mkdir("/host/run/lock", 01777);
