@@ -208,14 +208,11 @@ class VmConfig(Record):
         """The kernel parameters: what makes the machine usable as it is, then ``append``.
 
         ``console=`` names every console that is connected, the one on stdio last, as Linux makes
-        the last one /dev/console; ``root=`` is the first disk; ``pci=off`` saves the kernel the
-        search for a bus that is not there, and its complaint. Each is left out where ``append``
+        the last one /dev/console; ``root=`` is the first disk. Either is left out where ``append``
         speaks of it.
         """
         given = self.append.split()
         words = []
-        if not any(word.startswith("pci=") for word in given):
-            words.append("pci=off")
         if not any(word.startswith("console=") for word in given):
             names = {"ttyS0": self.serial, "hvc0": self.console}
             connected = [name for name, to in names.items() if to.kind != "none"]

@@ -37,10 +37,9 @@ examples:
 
 _NOTES = """\
 kernel parameters:
-  pyvmm gives pci=off (there is no PCI bus), console=ttyS0 (and hvc0, if --console is connected;
-  the one on stdio is last and so /dev/console) and, where there is a disk, root=/dev/vda rw (ro
-  for readonly=on). --append comes after them; a pci=, console= or root= in it replaces pyvmm's.
-  --dry-run shows the whole.
+  pyvmm gives console=ttyS0 (and hvc0, if --console is connected; the one on stdio is last
+  and so /dev/console) and, where there is a disk, root=/dev/vda rw (ro for readonly=on).
+  --append comes after them; a console= or root= in it replaces pyvmm's. --dry-run shows the whole.
 
 configuration file:
   TOML, with the names of the options as keys ('disks' for --disk: strings as here, or tables

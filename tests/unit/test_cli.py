@@ -477,7 +477,7 @@ class TestDryRun:
         assert first.startswith(
             "# pyvmm run --config FILE starts this machine.\n"
             "# It would run on /dev/kvm.\n"
-            '# Kernel parameters: "pci=off console=ttyS0 root=/dev/vda ro a=\\"b c\\""\n'
+            '# Kernel parameters: "console=ttyS0 root=/dev/vda ro a=\\"b c\\""\n'
         )
         file = tmp_path / "vm.toml"
         file.write_text(first)

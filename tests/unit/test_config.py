@@ -185,11 +185,7 @@ def test_serial_leaves_stdio_to_the_console() -> None:
     ],
 )
 def test_command_line(options: dict[str, object], command_line: str) -> None:
-    assert config(**options).command_line() == f"pci=off {command_line}".strip()
-
-
-def test_pci_in_the_parameters_replaces_pci_off() -> None:
-    assert config(append="pci=conf1").command_line() == "console=ttyS0 pci=conf1"
+    assert config(**options).command_line() == command_line
 
 
 def test_options_replace_what_the_file_says(tmp_path: Path) -> None:
