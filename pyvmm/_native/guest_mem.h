@@ -23,8 +23,8 @@ struct guest_mem {
 /* The host address of `size` bytes at `gpa`, or NULL unless all of them are guest memory. */
 static inline void *guest_mem_at(const struct guest_mem *mem, uint64_t gpa, uint64_t size)
 {
-    for (uint32_t i = 0; i < mem->count; i++) {
-        const struct guest_region *region = &mem->regions[i];
+    const struct guest_region *end = mem->regions + mem->count;
+    for (const struct guest_region *region = mem->regions; region < end; region++) {
         uint64_t offset = gpa - region->gpa; /* wraps to a huge value when gpa is below the region */
         if (offset < region->size && size <= region->size - offset)
             return region->hva + offset;

@@ -60,73 +60,79 @@ static inline struct vring_desc read_desc(const uint8_t *table, uint32_t index)
     return desc;
 }
 
+/* The table that an indirect descriptor names, or NULL (virtio 1.2, 2.7.5.3.1). */
+static const uint8_t *indirect_table(const struct virtq *vq, const struct vring_desc *desc)
+{
+    if ((desc->flags & VRING_DESC_F_NEXT) || desc->len == 0 || desc->len % sizeof(*desc) != 0)
+        return NULL;
+    return guest_mem_at(vq->mem, desc->addr, desc->len);
+}
+
 /* Follows the chain from `head` (virtio 1.2, 2.7.5 and 2.7.7). False when it is malformed. */
 static bool walk_chain(const struct virtq *vq, uint16_t head, struct virtq_chain *chain)
 {
     const uint8_t *table = vq->desc;
     uint32_t table_size = vq->size;
     uint32_t index = head;
-    uint32_t count = 0; /* descriptors of buffers, at most `size` of them: this ends loops */
-    uint32_t readable = 0;
-    uint32_t used_iov = 0;
+    uint32_t left = vq->size; /* buffers that the chain may still have: this ends loops */
+    bool indirect = vq->indirect;
+    struct iovec *iov = chain->iov;
+    struct iovec *writable = NULL; /* the first device-writable entry */
+    uint64_t bytes = 0;
     uint64_t readable_bytes = 0;
-    uint64_t total_bytes = 0;
-    bool in_indirect = false;
-    bool writable_seen = false;
 
     for (;;) {
         struct vring_desc desc = read_desc(table, index);
 
         if (desc.flags & VRING_DESC_F_INDIRECT) {
-            /* At most one table, and the last in its chain (2.7.5.3.1). The descriptor that
-             * names it does not count as part of the chain: Linux fills tables of `size`. */
-            if (!vq->indirect || in_indirect || (desc.flags & VRING_DESC_F_NEXT))
+            /* At most one table, and the last in its chain. The descriptor that names it does
+             * not count as part of the chain: Linux fills tables of `size`. */
+            if (!indirect)
                 return false;
-            if (desc.len == 0 || desc.len % sizeof(desc) != 0)
-                return false;
-            table = guest_mem_at(vq->mem, desc.addr, desc.len);
+            indirect = false;
+            table = indirect_table(vq, &desc);
             if (!table)
                 return false;
             table_size = desc.len / sizeof(desc);
             index = 0;
-            in_indirect = true;
             continue;
         }
 
-        if (++count > vq->size)
+        if (left-- == 0)
             return false;
-        if (desc.flags & VRING_DESC_F_WRITE)
-            writable_seen = true;
-        else if (writable_seen)
-            return false; /* device-readable ones come first (2.7.4.2) */
-
+        if (!(desc.flags & VRING_DESC_F_WRITE)) {
+            if (writable)
+                return false; /* device-readable ones come first (2.7.4.2) */
+        } else if (!writable) {
+            writable = iov;
+            readable_bytes = bytes;
+        }
         if (desc.len != 0) { /* an empty buffer has no place in guest memory: it is left out */
             void *hva = guest_mem_at(vq->mem, desc.addr, desc.len);
 
             if (!hva)
                 return false;
-            chain->iov[used_iov++] = (struct iovec){ .iov_base = hva, .iov_len = desc.len };
-            total_bytes += desc.len;
-            if (!writable_seen) {
-                readable++;
-                readable_bytes += desc.len;
-            }
+            *iov++ = (struct iovec){ .iov_base = hva, .iov_len = desc.len };
+            bytes += desc.len;
         }
-
         if (!(desc.flags & VRING_DESC_F_NEXT))
             break;
         index = desc.next;
         if (index >= table_size)
             return false;
     }
-    if (total_bytes > UINT32_MAX)
+    if (bytes > UINT32_MAX)
         return false;
+    if (!writable) {
+        writable = iov;
+        readable_bytes = bytes;
+    }
 
     chain->head = head;
-    chain->readable = (uint16_t)readable;
-    chain->writable = (uint16_t)(used_iov - readable);
+    chain->readable = (uint16_t)(writable - chain->iov);
+    chain->writable = (uint16_t)(iov - writable);
     chain->readable_bytes = (uint32_t)readable_bytes;
-    chain->writable_bytes = (uint32_t)(total_bytes - readable_bytes);
+    chain->writable_bytes = (uint32_t)(bytes - readable_bytes);
     return true;
 }
 
@@ -158,16 +164,17 @@ enum virtq_result virtq_pop(struct virtq *vq, struct virtq_chain *chain)
     if (vq->broken)
         return VIRTQ_BROKEN;
     for (;;) {
+        uint16_t next = vq->next_avail;
         uint16_t head;
 
-        if (vq->next_avail == vq->avail_idx) {
+        if (next == vq->avail_idx) {
             enum virtq_result result = read_avail_idx(vq);
 
             if (result != VIRTQ_CHAIN)
                 return result;
         }
-        head = ring_load(avail->ring[vq->next_avail & (vq->size - 1)]);
-        vq->next_avail++;
+        head = ring_load(avail->ring[next & (vq->size - 1)]);
+        vq->next_avail = next + 1;
         if (head < vq->size) {
             if (walk_chain(vq, head, chain)) {
                 vq->chains++;
