@@ -21,8 +21,11 @@ from support.interleavings import Explored, Guard, Thread, explore
 ACK_RING_SIZE = 2  # small, so that the ring is full in some schedules: then the write exits
 
 
+Workers = tuple[tuple[int, int], ...]  # the device of each, and the number of its events
+
+
 class Interrupts:
-    """Two devices with a worker each, one guest CPU, one ACK ring.
+    """One or two devices with their workers, one guest CPU, one ACK ring.
 
     `raise_steps` names what virtio_irq_raise does under its lock, in order: "drain" applies the
     waiting acknowledgements, "set" sets the bit, "discard" takes the waiting acknowledgements
@@ -30,20 +33,20 @@ class Interrupts:
     """
 
     def __init__(
-        self, raise_steps: tuple[str, ...], events: tuple[int, ...], ack_first: bool = True
+        self, raise_steps: tuple[str, ...], workers: Workers, ack_first: bool = True
     ) -> None:
         self.raise_steps = raise_steps
         self.ack_first = ack_first
-        self.events = events
-        self.published = [0] * len(events)
-        self.handled = [0] * len(events)
-        self.status = [0] * len(events)
-        self.pending = [0] * len(events)  # the interrupt controller's latch (edge-triggered)
+        self.workers = workers
+        self.published = [0, 0]
+        self.handled = [0, 0]
+        self.status = [0, 0]
+        self.pending = [0, 0]  # the interrupt controller's latch (edge-triggered)
         self.acks: list[int] = []  # device numbers: each device has the one bit VRING
         self.locked = 0
 
     def threads(self) -> dict[str, Thread]:
-        workers = {f"worker {n}": self.worker(n) for n in range(len(self.events))}
+        workers = {f"worker {n}": self.worker(*what) for n, what in enumerate(self.workers)}
         return {"guest": self.guest(), **workers}
 
     def check(self) -> str | None:
@@ -51,8 +54,8 @@ class Interrupts:
             return f"lost: published {self.published}, handled {self.handled}"
         return None
 
-    def worker(self, device: int) -> Thread:
-        for _ in range(self.events[device]):
+    def worker(self, device: int, events: int) -> Thread:
+        for _ in range(events):
             yield None
             self.published[device] += 1  # virtq_publish, a full barrier in it
             yield from self.lock()
@@ -111,16 +114,20 @@ class Interrupts:
         self.locked = 0
 
 
-def run(raise_steps: tuple[str, ...], events: tuple[int, ...], ack_first: bool = True) -> Explored:
-    return explore(lambda: Interrupts(raise_steps, events, ack_first))
+def run(raise_steps: tuple[str, ...], workers: Workers, ack_first: bool = True) -> Explored:
+    return explore(lambda: Interrupts(raise_steps, workers, ack_first))
 
 
-@pytest.mark.parametrize("events", [(4,), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    "workers",
+    [((0, 4),), ((0, 2), (1, 1)), ((0, 2), (1, 2)), ((0, 2), (0, 2))],
+    ids=["alone", "two to one", "two each", "two queues of one device"],
+)
 @pytest.mark.parametrize(
     "raise_steps", [("drain", "set"), ("drain", "set", "discard"), ("drain", "set", "drain")]
 )
-def test_no_interrupt_is_lost(raise_steps: tuple[str, ...], events: tuple[int, ...]) -> None:
-    found = run(raise_steps, events)
+def test_no_interrupt_is_lost(raise_steps: tuple[str, ...], workers: Workers) -> None:
+    found = run(raise_steps, workers)
     assert not found.failures
     assert found.states > 100
 
@@ -128,9 +135,9 @@ def test_no_interrupt_is_lost(raise_steps: tuple[str, ...], events: tuple[int, .
 @pytest.mark.parametrize("raise_steps", [("set",), ("set", "drain"), ("set", "drain", "drain")])
 def test_setting_before_draining_loses_one(raise_steps: tuple[str, ...]) -> None:
     """An old acknowledgement, drained later, clears the bit of an event nobody looked for."""
-    assert run(raise_steps, (2, 2)).failures
+    assert run(raise_steps, ((0, 2), (1, 2))).failures
 
 
 def test_a_driver_that_acknowledges_last_loses_one_anyhow() -> None:
     """As on any virtio-mmio device: the bit of an event that came between is cleared with it."""
-    assert run(("drain", "set"), (2, 1), ack_first=False).failures
+    assert run(("drain", "set"), ((0, 2), (1, 1)), ack_first=False).failures
