@@ -147,7 +147,8 @@ class VirtioConsole(PythonDevice):
     """A console whose port 0 is `stream`.
 
     The window size is offered if the stream has one. ``on_output(data)`` is called, on the
-    device's thread, with everything that the guest prints, before the stream gets it.
+    device's thread, with everything that the guest prints, before the stream gets it; it must
+    neither raise nor block.
     """
 
     device_id = VIRTIO_ID_CONSOLE

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
     from pyvmm.virtio.device import VirtioDevice
 
-PAGE_SIZE = 4096
-CONFIG_SIZE_MAX = PAGE_SIZE - uapi.VIRTIO_MMIO_CONFIG
-
 MAGIC = int.from_bytes(b"virt", "little")
 VERSION = 2
 VENDOR_ID = int.from_bytes(b"PYVM", "little")
@@ -85,7 +82,7 @@ class MmioTransport:
     `memory` is the ``struct guest_mem *``; `page` is 4096 bytes of page-aligned memory, which the
     caller maps read-only into the guest at guest-physical `base`; `irqfd` is the eventfd that
     interrupts the guest, -1 for none. A guest must not be able to read the page while the
-    configuration space and its generation change together (2.5.1): ``trap_reads(True)`` is called
+    configuration space and its generation change together (2.5.2): ``trap_reads(True)`` is called
     before, so that reads go through `read` until ``trap_reads(False)``.
 
     `kicks` has the eventfd of each queue, for ioeventfds on QueueNotify (4 bytes, datamatch is
