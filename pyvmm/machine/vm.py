@@ -102,8 +102,8 @@ class VM:
             lib.vcpu_setup_signal()
             self._wake = _eventfd(stack)
             self._panic_fd = _eventfd(stack)
-            self._watch: Any = lib.console_watch_create(self._panic_fd)
-            stack.callback(lib.console_watch_destroy, self._watch)
+            # One for each console: what they print is mixed in time, not in words.
+            self._serial_watch, self._console_watch = (self._create_watch(stack) for _ in range(2))
             self._open_devices(stack)
             self._power_on()
             stack.callback(self._power_off)
@@ -146,9 +146,11 @@ class VM:
                 self._board.press_power_button()
 
     def console_tail(self) -> str:
-        """The last output of the guest's consoles, at most 16 KiB."""
+        """The last output on ttyS0, or on hvc0 if there is none: at most 16 KiB."""
         buffer = ffi.new("uint8_t[]", lib.CONSOLE_TAIL_SIZE)
-        size = lib.console_watch_tail(self._watch, buffer)
+        size = lib.console_watch_tail(self._serial_watch, buffer)
+        if size == 0:
+            size = lib.console_watch_tail(self._console_watch, buffer)
         return bytes(ffi.buffer(buffer, size)).decode(errors="replace")
 
     def close(self) -> None:
@@ -185,8 +187,15 @@ class VM:
             self.remarks.append(f"{name} is {chardev.description}")
         return chardev
 
+    def _create_watch(self, stack: ExitStack) -> Any:
+        watch = lib.console_watch_create(self._panic_fd)
+        if watch == ffi.NULL:
+            raise MemoryError("no memory for the tail of a console")
+        stack.callback(lib.console_watch_destroy, watch)
+        return watch
+
     def _watch_output(self, data: bytes) -> None:
-        lib.console_watch_feed(self._watch, data, len(data))
+        lib.console_watch_feed(self._console_watch, data, len(data))
 
     def _power_on(self) -> None:
         from pyvmm.machine.board import Board
@@ -197,7 +206,7 @@ class VM:
             self.config,
             self._devices,
             self.serial,
-            self._watch,
+            self._serial_watch,
             _Listener(self, self._boot),
         )
         with self._lock:
