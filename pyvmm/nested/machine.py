@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from types import TracebackType
 
     from pyvmm.nested.bundle import Bundle
 
 QEMU = "qemu-system-x86_64"
-# Debian 12 has the C virtiofsd in qemu-system-common; later releases package the Rust one.
-_C_VIRTIOFSD = ("/usr/lib/qemu/virtiofsd",)
+# Later releases package virtiofsd written in Rust; Debian 12 has the one in C, in
+# qemu-system-common.
 _RUST_VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd")
+_C_VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
 
 # Port numbers of nested_protocol.h.
 CONTROL, STDIN, STDOUT, STDERR, TERMINAL = range(1, 6)
@@ -45,37 +47,44 @@ def why_not() -> str | None:
     """The sentence that says why this host cannot emulate a machine, or None if it can."""
     if shutil.which(QEMU) is None:
         return f"{QEMU} is not installed: apt install qemu-system-x86"
-    if _find_virtiofsd() is None:
+    daemon = _find_virtiofsd()
+    if daemon is None:
         return "virtiofsd is missing: apt install virtiofsd (on Debian 12: qemu-system-common)"
+    if daemon == _C_VIRTIOFSD and os.geteuid() != 0 and shutil.which("newuidmap") is None:
+        return "without root, Debian 12's virtiofsd needs newuidmap: apt install uidmap"
     return None
 
 
-class _Virtiofsd(NamedTuple):
-    path: str
-    rust: bool
+def _find_virtiofsd() -> str | None:
+    for path in (*_RUST_VIRTIOFSD, _C_VIRTIOFSD):
+        if os.access(path, os.X_OK):
+            return path
+    return None
 
 
-def _find_virtiofsd() -> _Virtiofsd | None:
-    for paths, rust in ((_RUST_VIRTIOFSD, True), (_C_VIRTIOFSD, False)):
-        for path in paths:
-            if os.access(path, os.X_OK):
-                return _Virtiofsd(path, rust)
-    found = shutil.which("virtiofsd")
-    return _Virtiofsd(found, True) if found else None
+def virtiofsd_command(daemon: str, listener: int, *, root: bool) -> list[str]:
+    """Shares the host's root directory on the listening socket ``listener``.
 
-
-def _virtiofsd_command(listener: int) -> list[str]:
-    """Shares the host's root. Without root, the daemon maps the user to root in a user namespace:
-    inside the machine the command is root, and what it writes belongs to the user."""
-    daemon = _find_virtiofsd()
-    assert daemon is not None, "why_not() was asked first"
-    command = [daemon.path, f"--fd={listener}"]
-    if daemon.rust:
-        sandbox = "chroot" if os.geteuid() == 0 else "none"
+    Without ``root`` the user is root inside the machine, and what that root writes belongs to the
+    user: the C daemon, which insists on changing its groups, runs in a user namespace.
+    """
+    command = [daemon, f"--fd={listener}"]
+    if daemon != _C_VIRTIOFSD:
+        sandbox = "chroot" if root else "none"
         return [*command, "--shared-dir=/", f"--sandbox={sandbox}", "--cache=always"]
-    command += ["-o", "source=/", "-o", "sandbox=chroot", "-o", "cache=always"]
-    command += ["-o", "log_level=err"]
-    return command if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", *command]
+    for option in ("source=/", "sandbox=chroot", "cache=always", "log_level=err"):
+        command += ["-o", option]
+    return command if root else ["unshare", "--user", "--map-root-user", "--map-auto", *command]
+
+
+@contextlib.contextmanager
+def _listener(path: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A listening socket and one connected to it, so that neither daemon waits for the other."""
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as connected:
+        listener.bind(str(path))
+        listener.listen(1)
+        connected.connect(str(path))
+        yield listener, connected
 
 
 class Machine:
@@ -88,7 +97,9 @@ class Machine:
         self._bundle = bundle
         self._cpus = cpus
         self._memory = memory
-        self.ports: Mapping[int, socket.socket] = {}
+        self.ports: dict[int, socket.socket] = {}
+        self._qemu: subprocess.Popen[bytes] | None = None
+        self._virtiofsd: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Machine:
         self._directory = Path(tempfile.mkdtemp(prefix="pyvmm-nested-"))
@@ -109,28 +120,26 @@ class Machine:
         self.stop()
 
     def _start(self) -> None:
-        socket_path = str(self._directory / "fs")
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(socket_path)
-        listener.listen(1)
-        share = socket.socket(socket.AF_UNIX)
-        share.connect(socket_path)
-        pairs = {port: socket.socketpair() for port in PORTS}
-        self.ports = {port: ours for port, (ours, _) in pairs.items()}
-        theirs = {port: theirs for port, (_, theirs) in pairs.items()}
-        with listener, share:
+        daemon = _find_virtiofsd()
+        assert daemon is not None, "why_not() comes first"
+        with contextlib.ExitStack() as handed_over:
+            listener, share = handed_over.enter_context(_listener(self._directory / "fs"))
+            theirs = {}
+            for port in PORTS:
+                self.ports[port], end = socket.socketpair()
+                theirs[port] = handed_over.enter_context(end)
             self._virtiofsd = self._spawn(
-                _virtiofsd_command(listener.fileno()), "virtiofsd.log", [listener.fileno()]
+                virtiofsd_command(daemon, listener.fileno(), root=os.geteuid() == 0),
+                "virtiofsd.log",
+                [listener],
             )
             self._qemu = self._spawn(
-                self._qemu_command(share, theirs),
-                "qemu.log",
-                [share.fileno(), *(end.fileno() for end in theirs.values())],
+                self._qemu_command(share, theirs), "qemu.log", [share, *theirs.values()]
             )
-        for end in theirs.values():
-            end.close()
 
-    def _spawn(self, command: list[str], log: str, fds: list[int]) -> subprocess.Popen[bytes]:
+    def _spawn(
+        self, command: list[str], log: str, sockets: list[socket.socket]
+    ) -> subprocess.Popen[bytes]:
         with (self._directory / log).open("wb") as output:
             return subprocess.Popen(
                 # Whatever ends pyvmm, even SIGKILL, ends the machine with it.
@@ -138,7 +147,7 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=fds,
+                pass_fds=[each.fileno() for each in sockets],
                 start_new_session=True,
             )
 
@@ -148,10 +157,8 @@ class Machine:
         command += ["-smp", str(self._cpus), "-m", f"{self._memory >> 20}M"]
         command += ["-object", f"memory-backend-memfd,id=ram,size={self._memory},share=on"]
         command += ["-numa", "node,memdev=ram", "-rtc", "base=utc"]
-        command += [
-            "-device",
-            "virtio-serial-pci",
-        ]  # the first virtio device: its ports are vport0*
+        # The first virtio device, so that its ports are called vport0p*.
+        command += ["-device", "virtio-serial-pci"]
         for port, end in ports.items():
             command += ["-chardev", f"socket,id=port{port},fd={end.fileno()}"]
             command += ["-device", f"virtserialport,nr={port},chardev=port{port}"]
@@ -171,8 +178,10 @@ class Machine:
                 process.wait()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    _qemu: subprocess.Popen[bytes] | None = None
-    _virtiofsd: subprocess.Popen[bytes] | None = None
+    def is_whole(self) -> bool:
+        """Whether both processes are alive."""
+        processes = (self._qemu, self._virtiofsd)
+        return all(each is not None and each.poll() is None for each in processes)
 
     def diagnosis(self) -> str:
         """The last lines that the machine's console, QEMU and virtiofsd wrote."""

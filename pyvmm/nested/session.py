@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _RECORD = struct.Struct("<IIQQQ")
 _SIGNAL, _WINDOW, _END, _CLOSED, _HELLO, _ALIVE, _EXIT = range(1, 8)
 
-_START_SECONDS = 60.0
+_START_SECONDS = 90.0
 _SILENCE_SECONDS = 90.0
 _POLL_SECONDS = 2.0
 _READ_SIZE = 65536
@@ -145,7 +145,7 @@ class Session:
     def await_machine(self) -> None:
         """Returns when the machine is ready for `run`; until then it has run nothing.
 
-        Raises `MachineFailed` when it ends or says nothing for a minute, and `Interrupted`.
+        Raises `MachineFailed` when it ends or does not do so in time, and `Interrupted`.
         """
         with self._signal_wakeup() as wakeup:
             limit = time.monotonic() + _START_SECONDS
@@ -158,10 +158,7 @@ class Session:
                     assert kind == _HELLO, kind
                     return
                 if time.monotonic() > limit:
-                    raise MachineFailed(
-                        f"the emulated machine did not come up in {_START_SECONDS:.0f} s:"
-                        f"\n{self._machine.diagnosis()}"
-                    )
+                    raise self._failed(f"did not come up in {_START_SECONDS:.0f} s")
 
     def run(self) -> int:
         """The command's exit status, or 128 + n if signal n ended it.
@@ -198,11 +195,10 @@ class Session:
                 if kind == _EXIT:
                     exit_status = _exit_status(value)
                     totals = dict(zip((STDOUT, STDERR, TERMINAL), counts, strict=True))
+            elif not ready and not self._machine.is_whole():
+                raise self._failed("broke down")
             elif now - heard > _SILENCE_SECONDS:
-                raise MachineFailed(
-                    f"the emulated machine has hung (silent for {_SILENCE_SECONDS:.0f} s):"
-                    f"\n{self._machine.diagnosis()}"
-                )
+                raise self._failed(f"has hung (silent for {_SILENCE_SECONDS:.0f} s)")
 
             self._input.advance(ready)
             if input_open and self._input.ended and self._input.idle:
@@ -244,9 +240,12 @@ class Session:
         except OSError:
             data = b""
         if len(data) < _RECORD.size:
-            raise MachineFailed(f"the emulated machine broke down:\n{self._machine.diagnosis()}")
+            raise self._failed("broke down")
         kind, value, *counts = _RECORD.unpack(data)
         return kind, value, tuple(counts)
+
+    def _failed(self, what: str) -> MachineFailed:
+        return MachineFailed(f"the emulated machine {what}:\n{self._machine.diagnosis()}")
 
     def _start_message(self) -> bytes:
         """A u32 length, then NUL-terminated strings: see ``receive_command`` in nested_init.c."""

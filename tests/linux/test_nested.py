@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.errors import ExitStatus
 from pyvmm.nested import why_not
 
 NESTED = "PYVMM_NESTED" in os.environ
@@ -187,6 +188,17 @@ class TestFromTheHost:
         assert termios.tcgetattr(theirs) == before
         os.close(ours)
         os.close(theirs)
+
+    @pytest.mark.parametrize("which", [0, 1], ids=["virtiofsd", "qemu"])
+    def test_a_machine_that_breaks_down_is_told_of(self, which: int) -> None:
+        with running("sh", "-c", "echo ready; sleep 1000", stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.readline()
+            os.kill(children_of(process.pid)[which], signal.SIGKILL)
+            assert process.wait(60) == ExitStatus.NO_KVM
+            message = process.stderr.read()
+            assert message.startswith(b"pyvmm: error: the emulated machine broke down:\n")
 
     def test_nothing_is_left_when_it_is_killed(self) -> None:
         with running("sh", "-c", "echo ready; sleep 1000") as process:
