@@ -7,6 +7,7 @@ or out of date, lists of pyvmm's own are fetched into the cache from the same so
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -106,7 +107,9 @@ def _candidate(name: str, *, private: bool) -> str:
     return match[1]
 
 
+@functools.cache
 def _update_private_lists() -> None:
+    """Once in a process is often enough."""
     with Progress("updating package lists"):
         _run("apt-get", "update", private=True)
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyvmm.errors import UsageError
-from pyvmm.images import apt, cache, cpio, kmod
+from pyvmm.images import apt, cache, cpio, kernel_build, kmod
 from pyvmm.images.progress import Progress
 
 if TYPE_CHECKING:
-    from pyvmm.images.recipe import Disk, Recipe
+    from pyvmm.images.apt import Package
+    from pyvmm.images.recipe import Disk, Kernel, Recipe
 
 _BUSYBOX_PACKAGE = "busybox-static"
 _DIRECTORIES = ("dev", "etc", "mnt", "proc", "root", "run", "sbin", "sys", "tmp", "var")
@@ -26,16 +27,16 @@ def build(recipe: Recipe) -> Path:
 
     Its name tells recipe and package versions, so an unchanged image is never built twice.
     """
-    kernels = {kernel.name: apt.newest(kernel.package) for kernel in recipe.kernels}
+    kernels = [(kernel, apt.newest(kernel.package)) for kernel in recipe.kernels]
     busybox = apt.newest(_BUSYBOX_PACKAGE)
-    packages = [*map(str, kernels.values()), str(busybox)]
+    packages = [*(str(package) for _, package in kernels), str(busybox)]
     key = hashlib.sha256(
         "\n".join([recipe.hash, *packages]).encode() + Path(__file__).read_bytes()
     ).hexdigest()[:16]
 
     def make(directory: Path) -> None:
         program = _find_busybox(apt.unpacked(busybox))
-        trees = {name: apt.unpacked(package) for name, package in kernels.items()}
+        trees = {kernel.name: _kernel_tree(kernel, package) for kernel, package in kernels}
         for name, tree in trees.items():
             _add_kernel(directory, name, tree, recipe, program)
         (directory / "packages").write_text("".join(f"{package}\n" for package in packages))
@@ -44,6 +45,12 @@ def build(recipe: Recipe) -> Path:
                 _make_disk(directory / "disk.img", recipe.disk, program, list(trees.values()))
 
     return cache.entry(f"images/{recipe.name}-{key}", make)
+
+
+def _kernel_tree(kernel: Kernel, package: Package) -> Path:
+    if kernel.config is None:
+        return apt.unpacked(package)
+    return kernel_build.built(package, kernel.config)
 
 
 def _add_kernel(directory: Path, name: str, tree: Path, recipe: Recipe, busybox: Path) -> None:
@@ -123,7 +130,8 @@ def _fill_with_busybox(root: Path, disk: Disk, busybox: Path) -> None:
     (root / "etc/group").write_text("root:x:0:\n")
     for target, source in disk.files.items():
         shutil.copyfile(source, root / target)
-        (root / target).chmod(0o755 if "bin" in Path(target).parts else 0o644)
+        is_program = Path(target).parent.name in ("bin", "sbin")
+        (root / target).chmod(0o755 if is_program else 0o644)
 
 
 def _mke2fs(image: Path, root: Path, size: int) -> list[str]:

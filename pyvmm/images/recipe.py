@@ -11,10 +11,12 @@ from pyvmm.errors import UsageError
 
 
 class Kernel(NamedTuple):
-    """``package`` is a pattern for `pyvmm.images.apt.newest`."""
+    """``package`` is a pattern for `pyvmm.images.apt.newest`: of kernels or, if there is a
+    ``config`` for `pyvmm.images.kernel_build.built`, of their sources."""
 
     name: str
     package: str
+    config: Path | None
 
 
 class Disk(NamedTuple):
@@ -68,11 +70,12 @@ def load(name: str) -> Recipe:
         raise UsageError(f"there is no image called {name!r}: the images are {known}") from None
     table = tomllib.loads(text.decode())
     initramfs = table["initramfs"]
+    kernels = tuple(_kernel(folder, each) for each in table["kernels"])
     disk = _disk(folder, table["disk"]) if "disk" in table else None
     files = _files(folder, initramfs["files"])
 
     digest = hashlib.sha256(text)
-    used = [*files.values()]
+    used = [*files.values(), *(each.config for each in kernels if each.config)]
     if disk is not None:
         used += [*disk.files.values(), *([disk.setup] if disk.setup else [])]
     for path in used:
@@ -80,13 +83,18 @@ def load(name: str) -> Recipe:
     return Recipe(
         name=name,
         description=table["description"],
-        kernels=tuple(Kernel(each["name"], each["package"]) for each in table["kernels"]),
+        kernels=kernels,
         modules=tuple(initramfs["modules"]),
         on_demand=tuple(initramfs.get("on_demand", ())),
         files=files,
         disk=disk,
         hash=digest.hexdigest()[:16],
     )
+
+
+def _kernel(folder: Path, table: dict[str, Any]) -> Kernel:
+    config = folder / table["config"] if "config" in table else None
+    return Kernel(table["name"], table["package"], config)
 
 
 def _disk(folder: Path, table: dict[str, Any]) -> Disk:

@@ -193,6 +193,7 @@ def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tools / name).write_text(f"#!/bin/sh\n{lists}{script}")
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    apt._update_private_lists.cache_clear()
     return tools
 
 
