@@ -54,8 +54,8 @@ static void clear_bits(struct virtio_irq *irq, uint32_t bits)
     __atomic_fetch_and(irq->status, ~bits, __ATOMIC_SEQ_CST);
 }
 
-/* Applies the waiting acknowledgements, except those of `keep_bits` of `keep`. Lock held. */
-static void drain(struct ack_ring *acks, const struct virtio_irq *keep, uint32_t keep_bits)
+/* Applies the waiting acknowledgements. Lock held. */
+static void drain(struct ack_ring *acks)
 {
     struct kvm_coalesced_mmio_ring *ring = acks->ring;
     uint32_t first = ring->first;
@@ -69,7 +69,7 @@ static void drain(struct ack_ring *acks, const struct virtio_irq *keep, uint32_t
             memcpy(&bits, entry->data, sizeof(bits));
         for (uint32_t i = 0; i < acks->count; i++) {
             if (acks->irqs[i]->ack_gpa == entry->phys_addr) {
-                clear_bits(acks->irqs[i], acks->irqs[i] == keep ? bits & ~keep_bits : bits);
+                clear_bits(acks->irqs[i], bits);
                 break;
             }
         }
@@ -83,11 +83,8 @@ void virtio_irq_raise(struct virtio_irq *irq, uint32_t bits)
 {
     if (irq->acks) {
         pthread_mutex_lock(&irq->acks->lock);
-        drain(irq->acks, NULL, 0);
+        drain(irq->acks);
         __atomic_fetch_or(irq->status, bits, __ATOMIC_SEQ_CST);
-        /* What arrived since the first drain may have been written before or after the bits were
-         * set. Dropping it is safe either way; whatever arrives later was written after. */
-        drain(irq->acks, irq, bits);
         pthread_mutex_unlock(&irq->acks->lock);
     } else {
         __atomic_fetch_or(irq->status, bits, __ATOMIC_SEQ_CST);
@@ -100,7 +97,7 @@ void virtio_irq_ack(struct virtio_irq *irq, uint32_t bits)
 {
     if (irq->acks) {
         pthread_mutex_lock(&irq->acks->lock);
-        drain(irq->acks, NULL, 0);
+        drain(irq->acks);
         clear_bits(irq, bits);
         pthread_mutex_unlock(&irq->acks->lock);
     } else {

@@ -3,10 +3,11 @@
  *
  * The word lies in the device's register page, which the guest reads without an exit. The guest's
  * InterruptACK writes may be coalesced by KVM: they wait in a ring that all devices share until
- * somebody drains it. Both directions of error are not alike: a bit that stays set too long makes
- * the driver look at its rings once for nothing, a bit cleared too early loses an interrupt. So an
- * acknowledgement that may be older than the event being raised is dropped (see virtio_irq_raise;
- * tests/unit/test_interrupt_model.py explores all interleavings). */
+ * somebody drains it. A bit that stays set too long makes the driver look at its rings once for
+ * nothing; one cleared too early would lose an interrupt. It cannot, because a driver acknowledges
+ * before it looks, and an event is published before the ring is drained, which is before its bit is
+ * set: an acknowledgement that misses the drain is followed by a look that sees the event
+ * (tests/unit/test_interrupt_model.py explores all interleavings). */
 #ifndef PYVMM_VIRTIO_IRQ_H
 #define PYVMM_VIRTIO_IRQ_H
 
@@ -25,7 +26,8 @@ struct virtio_irq {
     struct ack_ring *acks; /* NULL: every InterruptACK write exits */
 };
 
-/* Sets `bits` in InterruptStatus and interrupts the guest. Any thread. */
+/* Sets `bits` in InterruptStatus and interrupts the guest. Any thread. What the bits are about must
+ * have been made visible before, with a full barrier (virtq_publish has one). */
 void virtio_irq_raise(struct virtio_irq *irq, uint32_t bits);
 
 /* The guest wrote `bits` to InterruptACK, and the write exited. Any thread. */
