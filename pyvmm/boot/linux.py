@@ -94,7 +94,7 @@ def load_kernel(
     if initrd_path is not None:
         initrd = _load_initrd(memory, initrd_path, start, end, initrd_addr_max)
     _write_command_line(memory, command_line, cmdline_size)
-    memory.write(layout.ZERO_PAGE, bytes(_zero_page(image, initrd, acpi_rsdp, e820_map(memory))))
+    memory.write(layout.ZERO_PAGE, bytes(_zero_page(image, initrd, acpi_rsdp, _e820_map(memory))))
     return prepare_entry(memory, entry, end)
 
 
@@ -174,7 +174,7 @@ def _load_initrd(
 
 
 def _write_command_line(memory: GuestMemory, command_line: str, limit: int) -> None:
-    data = command_line.encode()
+    data = command_line.encode(errors="surrogateescape")  # the bytes of the command line
     if b"\0" in data:
         raise UsageError("the kernel command line must not contain a NUL character")
     if len(data) > limit:
@@ -185,7 +185,7 @@ def _write_command_line(memory: GuestMemory, command_line: str, limit: int) -> N
     memory.write(layout.COMMAND_LINE, data + b"\0")
 
 
-def e820_map(memory: GuestMemory) -> list[tuple[int, int, int]]:
+def _e820_map(memory: GuestMemory) -> list[tuple[int, int, int]]:
     """(gpa, size, type) of each area of the guest's memory map, as the BIOS call would tell it."""
     low_size = memory.ram[0][1]
     areas = [

@@ -285,6 +285,8 @@ def test_command_line_limit(tmp_path: Path, memory: Memory) -> None:
     assert "at most 99" in refused(memory, path, command_line="\N{SNOWMAN}" * 34)
     vmlinux = images.file(tmp_path, VMLINUX, "vmlinux")
     assert "at most 2047" in refused(memory, vmlinux, command_line="x" * 2048)
+    load_kernel(memory, vmlinux, None, "name=\udce4")  # a byte of argv that is no UTF-8
+    assert memory.read(layout.COMMAND_LINE, 7) == b"name=\xe4\0"
     assert "NUL" in refused(memory, vmlinux, command_line="a\0b")
 
 
