@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import lzma
-import os
 import shutil
 import subprocess
 import threading
@@ -169,31 +168,39 @@ class TestCache:
 
 @pytest.fixture
 def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory of fake apt tools; they know the packages listed in ``system`` or, with lists of
-    pyvmm's own, in ``private``, and log their calls."""
+    """A directory of fake apt tools, which log their calls. The packages that they know are listed
+    in ``system`` and, for lists of pyvmm's own, ``fresh`` and ``debian``; those that can be
+    downloaded in files of these names with ``.archive``."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("system", "private", "log"):
+    for name in ("system", "fresh", "debian"):
         (tools / name).touch()
+        (tools / f"{name}.archive").touch()
+    (tools / "log").touch()
     lists = (
-        f'lists={tools}/system\ncase "$*" in *Dir::State::lists=*) lists={tools}/private ;; esac\n'
+        f'case "$*" in\n*/fresh/lists*) lists={tools}/fresh ;;\n'
+        f"*/debian/lists*sourcelist=*/debian/sources.list*) lists={tools}/debian ;;\n"
+        f"*) lists={tools}/system ;;\nesac\n"
     )
     scripts = {
         "apt-cache": 'for last; do :; done\ncase "$*" in\n'
         '*" pkgnames "*) cut -d " " -f 1 "$lists" ;;\n'
         '*" show "*) grep "^$last " "$lists" | sed "s/.* /Version: /" ;;\nesac\n',
-        "apt-get": f'for last; do :; done\necho "$last" >>{tools}/log\n'
+        "apt-get": f'for last; do :; done\necho "$last ${{lists##*/}}" >>{tools}/log\n'
         '[ "$last" = update ] && exit\n'
         'name=${last%=*}\nif ! grep -q "^$name ${last#*=}\\$" "$lists.archive"; then\n'
         '    echo "E: Failed to fetch $name  404  Not Found" >&2; exit 100\nfi\n'
         'touch "$name.deb"\n',
         "dpkg-deb": 'echo "files of $2" >"$3/unpacked"\n',
+        "mmdebstrap": "for last; do :; done\nfor word; do\n"
+        '    case "$word" in *hook=*) file=${word#*>} ;; esac\ndone\n'
+        'echo "deb MIRROR $last main" >"$file"\n',
     }
     for name, script in scripts.items():
         (tools / name).write_text(f"#!/bin/sh\n{lists}{script}")
         (tools / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    apt._update_private_lists.cache_clear()
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    apt._prepare.cache_clear()
     return tools
 
 
@@ -212,12 +219,29 @@ class TestApt:
         assert (debian / "log").read_text() == ""
 
     def test_lists_of_its_own_where_the_systems_know_nothing(self, debian: Path) -> None:
-        (debian / "private").write_text("linux-image-6.12.9-cloud-amd64 6.12.9-1\n")
+        (debian / "fresh").write_text("linux-image-6.12.9-cloud-amd64 6.12.9-1\n")
         assert apt.newest(self.PATTERN).version == "6.12.9-1"
-        assert (debian / "log").read_text() == "update\n"
+        assert (debian / "log").read_text() == "update fresh\n"
+
+    def test_debian_where_the_systems_sources_do_not_have_it(
+        self, debian: Path, cache_root: Path
+    ) -> None:
+        (debian / "debian").write_text("linux-image-6.12.9-cloud-amd64 6.12.9-1\n")
+        assert apt.newest(self.PATTERN).version == "6.12.9-1"
+        assert (debian / "log").read_text() == "update fresh\nupdate debian\n"
+        sources = (cache_root / "apt/debian/sources.list").read_text()
+        assert sources == "deb MIRROR bookworm main\ndeb MIRROR trixie main\n"
+
+    def test_what_to_install_where_debian_cannot_be_asked(
+        self, debian: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (debian / "mmdebstrap").unlink()
+        monkeypatch.setattr(shutil, "which", lambda name: {"mmdebstrap": None}.get(name, name))
+        with pytest.raises(UsageError, match="apt install mmdebstrap debian-archive-keyring"):
+            apt.newest(self.PATTERN)
 
     def test_no_such_package_anywhere(self, debian: Path) -> None:
-        with pytest.raises(UsageError, match=r"no package called .* add the Debian suite"):
+        with pytest.raises(UsageError, match=r"Debian has no package called linux-image-6"):
             apt.newest(self.PATTERN)
 
     def test_a_package_is_fetched_once(self, debian: Path) -> None:
@@ -226,19 +250,16 @@ class TestApt:
         first, second = apt.unpacked(package), apt.unpacked(package)
         assert first == second
         assert [path.name for path in first.iterdir()] == ["unpacked"]
-        assert (debian / "log").read_text() == "busybox-static=1:1.35\n"
+        assert (debian / "log").read_text() == "busybox-static=1:1.35 system\n"
 
     def test_an_outdated_list_is_renewed(self, debian: Path) -> None:
-        (debian / "system.archive").touch()
-        (debian / "private.archive").write_text("tool 2\n")
+        (debian / "fresh.archive").write_text("tool 2\n")
         assert (apt.unpacked(apt.Package("tool", "2")) / "unpacked").exists()
-        assert (debian / "log").read_text() == "tool=2\nupdate\ntool=2\n"
+        assert (debian / "log").read_text() == "tool=2 system\nupdate fresh\ntool=2 fresh\n"
 
     def test_what_the_archive_has_not_is_an_error_of_one_sentence(
         self, debian: Path, cache_root: Path
     ) -> None:
-        for name in ("system.archive", "private.archive"):
-            (debian / name).touch()
         message = "apt cannot download tool: Failed to fetch tool  404  Not Found"
         with pytest.raises(UsageError, match=f"^{message}$"):
             apt.unpacked(apt.Package("tool", "2"))
