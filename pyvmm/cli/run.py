@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -309,6 +310,7 @@ def _run_here(config: VmConfig) -> int:
 
     with _EndOnSignals() as signals, VM(config) as vm:
         vm.start()
+        gc.enable()
         signals.end(vm.stop)
         for remark in vm.remarks:
             print(f"pyvmm: {remark}", file=sys.stderr)

@@ -20,7 +20,6 @@ from pyvmm.kvm import _generated_uapi as kvm_uapi
 from pyvmm.machine import crash
 from pyvmm.machine.bus import Bus
 from pyvmm.machine.irq import GsiAllocator
-from pyvmm.machine.memory import GuestMemory
 from pyvmm.machine.vcpu import VcpuThread
 from pyvmm.platform import power
 from pyvmm.platform.pvpanic import PvPanic
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from pyvmm.boot.entry import EntryState
     from pyvmm.config import VmConfig
     from pyvmm.kvm.handles import Kvm, Vcpu
+    from pyvmm.machine.chassis import Chassis
     from pyvmm.virtio.device import VirtioDevice
 
     class Listener(Protocol):
@@ -68,6 +68,7 @@ class Board:
     def __init__(
         self,
         kvm: Kvm,
+        chassis: Chassis,
         config: VmConfig,
         devices: Sequence[VirtioDevice],
         serial: Chardev,
@@ -76,15 +77,8 @@ class Board:
     ) -> None:
         self._listener = listener
         with ExitStack() as stack:
-            self.memory = GuestMemory(config.memory, hugepages=config.hugepages)
-            stack.callback(self.memory.close)
-            self.vm = stack.enter_context(kvm.create_vm())
-            self.vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
-            self.vm.set_tss_addr(layout.KVM_TSS)
-            self.vm.create_irqchip()
-            self.vm.create_pit2()
-            for slot, region in enumerate(self.memory.regions):
-                self.vm.set_user_memory_region(slot, region.gpa, region.size, region.hva)
+            stack.callback(chassis.close)
+            self.memory, self.vm = chassis.memory, chassis.vm
             self._pio = Bus()
             self._mmio = Bus()
             self.vcpus = [self._create_vcpu(index, stack) for index in range(config.cpus)]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyvmm.errors import GuestCrash, PyvmmError
     from pyvmm.kvm.handles import Kvm
     from pyvmm.machine.board import Board
+    from pyvmm.machine.chassis import ChassisBuilder
     from pyvmm.virtio.blk import VirtioBlk
     from pyvmm.virtio.device import VirtioDevice
 
@@ -93,10 +94,11 @@ class VM:
 
         Raises UsageError, NoKvmError, KvmError.
         """
-        from pyvmm.kvm.handles import Kvm
-
         if self._supervisor is not None:
             raise RuntimeError("a VM can be started once")
+        from pyvmm.kvm.handles import Kvm
+        from pyvmm.machine.chassis import ChassisBuilder
+
         with ExitStack() as stack:
             self._kvm: Kvm = stack.enter_context(Kvm())
             lib.vcpu_setup_signal()
@@ -104,8 +106,10 @@ class VM:
             self._panic_fd = _eventfd(stack)
             # One for each console: what they print is mixed in time, not in words.
             self._serial_watch, self._console_watch = (self._create_watch(stack) for _ in range(2))
+            chassis = ChassisBuilder(self._kvm, self.config)
+            stack.callback(chassis.discard)
             self._open_devices(stack)
-            self._power_on()
+            self._power_on(chassis)
             stack.callback(self._power_off)
             self._resources = stack.pop_all()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
@@ -197,12 +201,13 @@ class VM:
     def _watch_output(self, data: bytes) -> None:
         lib.console_watch_feed(self._console_watch, data, len(data))
 
-    def _power_on(self) -> None:
-        from pyvmm.machine.board import Board
+    def _power_on(self, chassis: ChassisBuilder) -> None:
+        from pyvmm.machine.board import Board  # while the kernel works on the chassis
 
         self._boot += 1
         board = Board(
             self._kvm,
+            chassis.take(),
             self.config,
             self._devices,
             self.serial,
@@ -220,6 +225,12 @@ class VM:
             board, self._board = self._board, None
         if board is not None:
             board.close()
+
+    def _reboot(self) -> None:
+        from pyvmm.machine.chassis import ChassisBuilder
+
+        self._power_off()
+        self._power_on(ChassisBuilder(self._kvm, self.config))
 
     # The supervisor: one thread that decides what follows from what happened
 
@@ -260,8 +271,7 @@ class VM:
                 elif not self.config.reboot:
                     return Outcome(ExitStatus.OK)
                 else:
-                    self._power_off()
-                    self._power_on()
+                    self._reboot()
             if panic_deadline is not None and time.monotonic() >= panic_deadline:
                 return self._panic_outcome()
 
