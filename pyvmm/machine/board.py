@@ -17,7 +17,6 @@ from pyvmm.boot import acpi, cpuid, linux
 from pyvmm.boot.acpi import VirtioSlot
 from pyvmm.errors import GuestCrash
 from pyvmm.kvm import _generated_uapi as kvm_uapi
-from pyvmm.machine import crash
 from pyvmm.machine.bus import Bus
 from pyvmm.machine.irq import GsiAllocator
 from pyvmm.machine.vcpu import VcpuThread
@@ -128,6 +127,8 @@ class Board:
         return vcpu
 
     def _on_exit(self, vcpu: VcpuThread) -> None:
+        from pyvmm.machine import crash
+
         self._listener.on_crash(crash.describe(vcpu.handle, vcpu.index, self.memory))
 
     def _add_platform(self, serial: Chardev, watch: Any, stack: ExitStack) -> None:
