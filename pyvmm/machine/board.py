@@ -137,7 +137,7 @@ class Board:
             lambda level: self.vm.irq_line(layout.ACPI_SCI_GSI, level)
         )
         reset = power.ResetPort(layout.RESET_VALUE, listener.on_reset)
-        i8042 = power.ResetPort(power.I8042_PULSE_RESET, listener.on_reset)
+        i8042 = power.ResetPort(power.I8042_PULSE_RESET, listener.on_reset, power.I8042_STATUS)
         control = power.Pm1Control(listener.on_poweroff)
         panic = PvPanic(listener.on_panic)
         self._pio.add(layout.PM1_EVENT_PORT, self._pm1_events.SIZE, self._pm1_events)

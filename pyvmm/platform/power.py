@@ -20,7 +20,10 @@ SLP_TYP_SHIFT = 10
 SLP_TYP_MASK = 7 << SLP_TYP_SHIFT
 SLP_EN = 1 << 13
 
+# The keyboard controller: a command that pulses the reset line, and a status (data that never ends,
+# ready for commands) which makes a driver that looks for a keyboard give up at once.
 I8042_PULSE_RESET = 0xFE
+I8042_STATUS = 0x01
 
 
 class Pm1Events:
@@ -87,16 +90,17 @@ class Pm1Control:
 
 
 class ResetPort:
-    """An I/O port that resets the machine when one value is written to it."""
+    """An I/O port that resets the machine when `value` is written to it; it reads as `status`."""
 
     SIZE = 1
 
-    def __init__(self, value: int, on_reset: Callable[[], None]) -> None:
+    def __init__(self, value: int, on_reset: Callable[[], None], status: int = 0) -> None:
         self._value = value
         self._on_reset = on_reset
+        self._status = status
 
     def read(self, offset: int, length: int) -> bytes:
-        return bytes(length)
+        return bytes([self._status])
 
     def write(self, offset: int, data: bytes) -> None:
         if data[0] == self._value:

@@ -43,7 +43,8 @@ def test_only_sleep_enable_with_the_type_of_s5_turns_off() -> None:
 
 def test_reset_port_reacts_to_its_value_only() -> None:
     calls: list[str] = []
-    port = ResetPort(0x06, lambda: calls.append("reset"))
+    port = ResetPort(0x06, lambda: calls.append("reset"), status=0x01)
+    assert port.read(0, 1) == b"\x01"
     port.write(0, b"\x02")
     assert not calls
     port.write(0, b"\x06")
