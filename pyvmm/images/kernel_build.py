@@ -29,7 +29,7 @@ def built(package: Package, config: Path) -> Path:
 
     Raises `UsageError` where a tool is missing, the build fails, or the kernel has no such options.
     """
-    key = hashlib.sha256(config.read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join(_options(config)).encode()).hexdigest()[:16]
 
     def make(directory: Path) -> None:
         _require_tools()
@@ -58,11 +58,14 @@ def _build(archive: Path, config: Path, directory: Path) -> None:
     shutil.rmtree(source)
 
 
+def _options(config: Path) -> list[str]:
+    return sorted(line for line in config.read_text().splitlines() if line.startswith("CONFIG_"))
+
+
 def _check_options(config: Path, result: Path) -> None:
     """kconfig drops options that are unknown or lack what they depend on, without a word."""
     got = set(result.read_text().splitlines())
-    lines = config.read_text().splitlines()
-    lost = [line for line in lines if line.startswith("CONFIG_") and line not in got]
+    lost = [option for option in _options(config) if option not in got]
     if lost:
         raise UsageError(f"{config}: the kernel does not take {', '.join(lost)}")
 

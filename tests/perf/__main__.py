@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from perf.benchmarks import Row, Samples
 
 _ROOT = Path(__file__).parents[2]
-_PROGRAM = _ROOT / "build" / "bench-venv" / "bin" / "pyvmm"
+_PROGRAM = _ROOT / "build" / "bench" / "venv" / "bin" / "pyvmm"
 _MEMORY_FILES = "/dev/shm"
 
 _BENCHMARKS = {

@@ -55,8 +55,8 @@ READS = {
 }
 
 ROWS = (
-    Row("start", "exec to exit, small kernel", "s", 0.9),
-    Row("start", "exec to exit, Debian's kernel", "s", 0.8),
+    Row("start", "exec to exit, small vmlinux", "s", 0.9),
+    Row("start", "exec to exit, Debian's bzImage", "s", 0.8),
     Row("first-byte", "exec to the guest's first byte", "ms", 0.7),
     Row("memory", "memory beyond the guest's", "MiB", 40, absolute=True),
     *(Row("io", f"{reads}", "/s", target, True) for reads, target in READS.items()),
