@@ -6,6 +6,7 @@ QEMU's TCG emulates SVM with nested paging; in it, Debian's own kernel and kvm-a
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ def run_nested(argv: Sequence[str], config: NestedConfig | None = None) -> int:
     if reason is not None:
         raise NoKvmError(f"no emulated machine on this host: {reason}")
     config = config or NestedConfig()
+    _open_missing_streams()
     files = bundle()
     deadline = None if config.timeout is None else time.monotonic() + config.timeout
     for attempt in (1, 2):
@@ -51,3 +53,12 @@ def run_nested(argv: Sequence[str], config: NestedConfig | None = None) -> int:
                     raise
                 print(f"pyvmm nested: {failure}\npyvmm nested: trying again", file=sys.stderr)
     raise AssertionError("both attempts returned or raised")
+
+
+def _open_missing_streams() -> None:
+    """Where the caller has closed stdin, stdout or stderr, a socket must not take its number."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)

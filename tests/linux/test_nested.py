@@ -86,6 +86,10 @@ class TestFromTheHost:
         assert hashlib.sha256(result.stderr).digest() == hashlib.sha256(data).digest()
         assert result.returncode == 0
 
+    def test_closed_streams(self) -> None:
+        script = f"{sys.executable} -m pyvmm nested -- sh -c 'cat; exit 4' <&- >&- 2>&-"
+        assert subprocess.run(["sh", "-c", script], timeout=300).returncode == 4
+
     def test_directory_environment_arguments_and_files(self, tmp_path: Path) -> None:
         arguments = ["", "two words", "ünïcode", "new\nline"]
         script = (
