@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.disable()  # nothing that starting up makes is garbage, and looking for it takes 2 ms
     try:
         status = _dispatch(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where the caller has closed it
+            sys.stdout.flush()
         return status
     except PyvmmError as error:
         _say("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
