@@ -15,6 +15,8 @@
 #define PORTS 8
 #define FIFO_SIZE 16
 #define IIR_FIFOS_ENABLED 0xc0
+/* So many reads of LSR with nothing in between: a guest that polls for input. */
+#define LISTENING_POLLS 64
 /* What the host may take late before the guest sees a transmitter that is not empty. A pipe that
  * polls writable takes at least PIPE_BUF (4096) bytes without blocking. */
 #define TRANSMIT_BUFFER 4096
@@ -32,7 +34,9 @@ struct serial16550 {
     pthread_mutex_t lock; /* guards all below */
     bool line;
     bool output_armed; /* in the worker's set: output waits for the host */
-    bool input_paused; /* out of the worker's set: the receive FIFO was full */
+    bool input_paused; /* out of the worker's set: the receive FIFO was full, or nobody listens yet */
+    bool listening;
+    uint32_t polls; /* reads of LSR in a row */
     bool transmit_interrupt; /* latched: the transmitter became empty; reading IIR clears it */
     uint8_t ier, lcr, mcr, scr, fcr;
     uint16_t divisor;
@@ -115,6 +119,17 @@ static void drain_transmitter(struct serial16550 *serial)
     }
 }
 
+/* Drivers clear the receiver when they start, so what was typed or piped in before that would be
+ * lost. Input waits on the host's side until a driver shows that it wants it. */
+static void start_listening(struct serial16550 *serial)
+{
+    if (serial->listening)
+        return;
+    serial->listening = true;
+    serial->input_paused = false;
+    eventfd_signal(serial->room.fd);
+}
+
 static void receive_byte(struct serial16550 *serial, uint8_t byte)
 {
     if (serial->receive_count < FIFO_SIZE) {
@@ -131,7 +146,7 @@ static uint8_t read_receiver(struct serial16550 *serial)
     uint8_t byte = serial->receive[serial->receive_head];
     serial->receive_head = (serial->receive_head + 1) % FIFO_SIZE;
     serial->receive_count--;
-    if (serial->input_paused && serial->receive_count == 0) {
+    if (serial->listening && serial->input_paused && serial->receive_count == 0) {
         serial->input_paused = false;
         eventfd_signal(serial->room.fd);
     }
@@ -155,8 +170,10 @@ static void write_transmitter(struct serial16550 *serial, uint8_t byte)
         drain_transmitter(serial);
 }
 
-static uint8_t line_status(const struct serial16550 *serial)
+static uint8_t line_status(struct serial16550 *serial)
 {
+    if (++serial->polls == LISTENING_POLLS)
+        start_listening(serial);
     uint8_t status = serial->receive_count ? UART_LSR_DR : 0;
     if (!serial->transmit_count)
         status |= UART_LSR_THRE | UART_LSR_TEMT;
@@ -224,6 +241,8 @@ static void write_register(struct serial16550 *serial, uint64_t offset, uint8_t 
             if (!(serial->ier & UART_IER_THRI) && !serial->transmit_count)
                 serial->transmit_interrupt = true;
             serial->ier = value & 0x0f;
+            if (value & UART_IER_RDI)
+                start_listening(serial);
         }
         break;
     case UART_FCR:
@@ -254,6 +273,8 @@ static bool serial_access(struct io_range *range, uint64_t offset, uint8_t *data
         bool transmits = is_write && offset + i == UART_TX;
         if (!transmits && serial->transmit_count && !serial->output_armed)
             drain_transmitter(serial);
+        if (is_write || offset + i != UART_LSR)
+            serial->polls = 0;
         if (is_write)
             write_register(serial, offset + i, data[i]);
         else
@@ -301,7 +322,8 @@ static void on_room(struct worker_source *source, uint32_t events)
     (void)events;
 
     eventfd_take(source->fd);
-    worker_add(serial->worker, &serial->input, EPOLLIN);
+    if (serial->input.fd >= 0)
+        worker_add(serial->worker, &serial->input, EPOLLIN);
 }
 
 struct serial16550 *serial16550_create(uint64_t port, int in_fd, int out_fd, int vm_fd,
@@ -316,6 +338,7 @@ struct serial16550 *serial16550_create(uint64_t port, int in_fd, int out_fd, int
     serial->output = (struct worker_source){.fd = out_fd, .ready = on_output};
     serial->room = (struct worker_source){.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
                                           .ready = on_room};
+    serial->input_paused = true;
     serial->vm_fd = vm_fd;
     serial->gsi = gsi;
     serial->watch = watch;
@@ -327,8 +350,6 @@ struct serial16550 *serial16550_create(uint64_t port, int in_fd, int out_fd, int
         error = -errno;
     if (!error)
         error = worker_add(serial->worker, &serial->room, EPOLLIN);
-    if (!error && in_fd >= 0)
-        error = worker_add(serial->worker, &serial->input, EPOLLIN);
     if (error) {
         serial16550_destroy(serial);
         errno = -error;

@@ -10,7 +10,7 @@
 struct serial16550;
 
 /* in_fd and out_fd may be -1; they are two descriptors, also where they name one file. in_fd must
- * be pollable (no regular file). The interrupt line is GSI `gsi` of the VM `vm_fd`; a
+ * be pollable (no regular file); it is not read before a driver listens. The interrupt line is GSI `gsi` of the VM `vm_fd`; a
  * vm_fd of -1 leaves it unconnected. NULL with errno set on failure. */
 struct serial16550 *serial16550_create(uint64_t port, int in_fd, int out_fd, int vm_fd,
                                        uint32_t gsi, struct console_watch *watch);

@@ -145,6 +145,24 @@ def test_a_host_that_hung_up_does_not_stop_the_guest(serial: Serial) -> None:
     serial.host_output = os.open("/dev/null", os.O_RDONLY)
 
 
+def test_input_that_came_before_the_driver_waits_for_it(serial: Serial) -> None:
+    """What Linux does to find out about a port, and to open it (8250_port.c), loses nothing."""
+    os.write(serial.host_input, b"typed early")
+    time.sleep(0.05)
+    serial.read(LSR)
+    serial.write(IIR_FCR, FIFO_ON)
+    serial.write(IIR_FCR, FIFO_ON | 0x06)
+    serial.write(IIR_FCR, 0)
+    for register in (LSR, RX_TX, IIR_FCR, MSR, LSR):
+        serial.read(register)
+    serial.write(IER, ENABLE_RECEIVE)
+    received = bytearray()
+    while len(received) < len(b"typed early"):
+        serial.wait_for(LSR, DATA_READY)
+        received.append(serial.read(RX_TX))
+    assert received == b"typed early"
+
+
 def test_loopback_as_the_kernel_probes_for_it(serial: Serial) -> None:
     serial.write(MCR, 0x10 | 0x08 | 0x02)  # LOOP, OUT2, RTS
     assert serial.read(MSR) & 0xF0 == 0x90  # DCD, CTS
