@@ -83,5 +83,7 @@ def _run(command: list[str]) -> str:
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or ["no message"]
-        raise UsageError(f"{command[0]} failed: {lines[-1]}")
+        # Of make's output the last lines only tell that something failed.
+        reason = next((line for line in lines if "error:" in line), lines[-1])
+        raise UsageError(f"{command[0]} failed: {reason}")
     return result.stdout
