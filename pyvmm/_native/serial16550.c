@@ -130,6 +130,15 @@ static void start_listening(struct serial16550 *serial)
     eventfd_signal(serial->room.fd);
 }
 
+/* Interrupts for input, and connected (OUT2 does that in a PC): a driver that only probes for the
+ * port enables them, too, but does not connect them. */
+static void check_listening(struct serial16550 *serial)
+{
+    if ((serial->ier & UART_IER_RDI) && (serial->mcr & UART_MCR_OUT2) &&
+        !(serial->mcr & UART_MCR_LOOP))
+        start_listening(serial);
+}
+
 static void receive_byte(struct serial16550 *serial, uint8_t byte)
 {
     if (serial->receive_count < FIFO_SIZE) {
@@ -241,8 +250,7 @@ static void write_register(struct serial16550 *serial, uint64_t offset, uint8_t 
             if (!(serial->ier & UART_IER_THRI) && !serial->transmit_count)
                 serial->transmit_interrupt = true;
             serial->ier = value & 0x0f;
-            if (value & UART_IER_RDI)
-                start_listening(serial);
+            check_listening(serial);
         }
         break;
     case UART_FCR:
@@ -256,6 +264,7 @@ static void write_register(struct serial16550 *serial, uint64_t offset, uint8_t 
         break;
     case UART_MCR:
         serial->mcr = value & 0x1f;
+        check_listening(serial);
         break;
     case UART_SCR:
         serial->scr = value;

@@ -18,6 +18,7 @@ DATA_READY, TRANSMITTER_EMPTY = 0x01, 0x60
 ENABLE_RECEIVE, ENABLE_TRANSMIT = 0x01, 0x02
 IIR_NONE, IIR_TRANSMIT, IIR_RECEIVE = 0x01, 0x02, 0x04
 FIFO_ON = 0x01
+OUT2 = 0x08
 
 
 class Serial:
@@ -101,6 +102,7 @@ def test_input_longer_than_the_fifo_arrives_whole(serial: Serial) -> None:
 
 
 def test_receive_interrupt_is_identified_and_goes_when_the_byte_is_read(serial: Serial) -> None:
+    serial.write(MCR, OUT2)
     serial.write(IER, ENABLE_RECEIVE)
     assert serial.read(IIR_FCR) & 0x0F == IIR_NONE
     os.write(serial.host_input, b"k")
@@ -149,12 +151,15 @@ def test_input_that_came_before_the_driver_waits_for_it(serial: Serial) -> None:
     """What Linux does to find out about a port, and to open it (8250_port.c), loses nothing."""
     os.write(serial.host_input, b"typed early")
     time.sleep(0.05)
-    serial.read(LSR)
+    serial.write(IER, 0x0F)  # is there a register?
+    time.sleep(0.05)
+    serial.write(IER, 0)
     serial.write(IIR_FCR, FIFO_ON)
     serial.write(IIR_FCR, FIFO_ON | 0x06)
     serial.write(IIR_FCR, 0)
     for register in (LSR, RX_TX, IIR_FCR, MSR, LSR):
         serial.read(register)
+    serial.write(MCR, OUT2)
     serial.write(IER, ENABLE_RECEIVE)
     received = bytearray()
     while len(received) < len(b"typed early"):
