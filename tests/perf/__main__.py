@@ -42,7 +42,7 @@ def main() -> int:
         return 0
 
     results: Samples = {}
-    repeated: list[str] = []
+    failures: list[str] = []
     native = [name for name in args.benchmarks if name == _NATIVE_ONLY]
     linux = [name for name in args.benchmarks if name != _NATIVE_ONLY]
     reason = None
@@ -53,18 +53,18 @@ def main() -> int:
         reason = None if verdict.can_run_linux else verdict.reason
     for names, nested in ((native, False), (linux, reason is not None)):
         if names:
-            samples, failures = (_measure_nested if nested else _measure)(names, args.rounds)
+            samples, failed = (_measure_nested if nested else _measure)(names, args.rounds)
             results |= samples
-            repeated += failures
+            failures += failed
 
     print(_heading(args.rounds))
     if reason is not None:
         print(f"In an emulated machine, for here {reason}: {', '.join(linux)}")
     print(_table(results))
-    for each in repeated:
-        print(f"repeated: {each}")
+    for failure in failures:
+        print(f"failed, then run again or left out: {failure}")
     if args.json:
-        args.json.write_text(json.dumps({"samples": results, "repeated": repeated}, indent=1))
+        args.json.write_text(json.dumps({"samples": results, "failures": failures}, indent=1))
     return 0
 
 
@@ -104,7 +104,7 @@ def _measure(names: list[str], rounds: int) -> tuple[Samples, list[str]]:
         bench = Bench(_PROGRAM, guests, environment)
         samples: Samples = {}
         bench.run(names, rounds, samples)
-        return samples, bench.repeated
+        return samples, bench.failures
 
 
 def _measure_nested(names: list[str], rounds: int) -> tuple[Samples, list[str]]:
@@ -116,8 +116,8 @@ def _measure_nested(names: list[str], rounds: int) -> tuple[Samples, list[str]]:
         status = run_nested([*command, "--samples", str(file)])
         if status != 0:
             raise SystemExit(f"scripts/bench: ended with status {status} in the emulated machine")
-        samples, repeated = json.loads(file.read_text())
-        return samples, repeated
+        samples, failures = json.loads(file.read_text())
+        return samples, failures
 
 
 def _heading(rounds: int) -> str:
@@ -129,8 +129,9 @@ def _heading(rounds: int) -> str:
 def _table(samples: Samples) -> str:
     lines = [f"{'':38}{'pyvmm':>24}{'QEMU':>24}{'ratio':>8}  {'target':14}"]
     for row in ROWS:
-        if row.name in samples:
-            lines.append(_line(row, *(samples[row.name][monitor] for monitor in MONITORS)))
+        ours, theirs = (samples.get(row.name, {}).get(monitor) for monitor in MONITORS)
+        if ours and theirs:
+            lines.append(_line(row, ours, theirs))
     return "\n".join(lines)
 
 
