@@ -325,6 +325,8 @@ class kvm_coalesced_mmio_zone(Structure):
 
 def __getattr__(name: str):  # type: ignore[no-untyped-def]
     """The structures that no start of a guest needs, imported with the first that is used."""
+    if name.startswith("__"):  # __path__: `from ... import` asks every module for it
+        raise AttributeError(f"{__name__} has no {name}")
     from pyvmm.kvm import _generated_more
 
     try:

@@ -282,6 +282,8 @@ class virtio_blk_config(Structure):
 
 def __getattr__(name: str):  # type: ignore[no-untyped-def]
     """The structures that no start of a guest needs, imported with the first that is used."""
+    if name.startswith("__"):  # __path__: `from ... import` asks every module for it
+        raise AttributeError(f"{__name__} has no {name}")
     from pyvmm.virtio import _generated_more
 
     try:
