@@ -265,7 +265,7 @@ class TestDisks:
         )
         assert status != 0
         assert "No space left" in output
-        assert os.stat(guest.vm.config.disks[5].path).st_size == ODD_SIZE
+        assert Path(guest.vm.config.disks[5].path).stat().st_size == ODD_SIZE
 
     def test_a_discard_gives_space_back_and_leaves_zeroes(self, guest: LinuxGuest) -> None:
         path = guest.vm.config.disks[6].path
@@ -275,9 +275,9 @@ class TestDisks:
             "blkdiscard -z /dev/vdg 2>/dev/null || fallocate -p -o 0 -l $((8 << 20)) /dev/vdg",
         ):
             guest.check(fill)
-            assert os.stat(path).st_blocks * 512 >= 8 << 20
+            assert Path(path).stat().st_blocks * 512 >= 8 << 20
             guest.check(command)
-            assert os.stat(path).st_blocks * 512 < 1 << 20
+            assert Path(path).stat().st_blocks * 512 < 1 << 20
             assert guest.check("tr -d '\\0' </dev/vdg | wc -c") == "0"
 
 
