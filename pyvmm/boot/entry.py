@@ -7,7 +7,6 @@ identity mapping, flat segments, interrupts off, RSI = the zero page.
 from __future__ import annotations
 
 import struct
-from array import array
 
 from pyvmm import layout
 
@@ -114,9 +113,10 @@ def _identity_map(end: int) -> bytes:
     gibs = -(-end // _GIB)
     pml4 = layout.BOOT_PAGE_TABLES
     directories = pml4 + 2 * layout.PAGE_SIZE
-    top = array("Q", bytes(2 * layout.PAGE_SIZE))
+    top = memoryview(bytearray(2 * layout.PAGE_SIZE)).cast("Q")
     top[0] = pml4 + layout.PAGE_SIZE | _PAGE_PRESENT_WRITABLE
     for i in range(gibs):
         top[512 + i] = directories + i * layout.PAGE_SIZE | _PAGE_PRESENT_WRITABLE
     flags = _PAGE_PRESENT_WRITABLE | _PAGE_LARGE
-    return top.tobytes() + array("Q", range(flags, gibs * _GIB, _LARGE_PAGE_SIZE)).tobytes()
+    pages = range(flags, gibs * _GIB, _LARGE_PAGE_SIZE)
+    return top.tobytes() + struct.pack(f"<{len(pages)}Q", *pages)

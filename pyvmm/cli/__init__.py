@@ -70,9 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     name, *rest = argv or [""]
     if name in COMMANDS:
-        from importlib import import_module
-
-        module = import_module(f"pyvmm.cli.{name}")
+        # Not importlib, which imports warnings for its deprecated functions.
+        module = __import__(f"pyvmm.cli.{name}", fromlist=["run"])
         quick_arguments = getattr(module, "quick_arguments", None)
         args = quick_arguments(rest) if quick_arguments else None
         if args is None:

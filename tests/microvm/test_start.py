@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 # Milliseconds each, in a start of about 25; the last three are for what few guests need.
 SLOW = (
-    "argparse dataclasses enum inspect logging pathlib re shutil signal subprocess tempfile typing "
-    "elftools pyvmm.kvm._generated_more pyvmm.virtio._generated_more"
+    "argparse array dataclasses enum importlib inspect logging pathlib re shutil signal subprocess "
+    "tempfile typing elftools pyvmm.kvm._generated_more pyvmm.virtio._generated_more"
 )
 
 # -S, as the finder of an editable install imports half the library by itself.
