@@ -1,5 +1,5 @@
 """``python -m pyvmm``: the same as the ``pyvmm`` command."""
 
-from pyvmm.cli import main
+from pyvmm.cli import entry
 
-raise SystemExit(main())
+entry()

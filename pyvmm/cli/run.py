@@ -292,7 +292,7 @@ def _run_nested(config: VmConfig, argv: Sequence[str]) -> int:
     if machine.memory < needed:
         machine = machine.replace(memory=needed)
     # As `python -m pyvmm` would, without the time that runpy takes in an emulated machine.
-    main = "import sys; from pyvmm.cli import main; sys.exit(main())"
+    main = "from pyvmm.cli import entry; entry()"
     return run_nested([sys.executable, "-P", "-c", main, "run", *argv, "--accel=kvm"], machine)
 
 

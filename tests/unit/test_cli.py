@@ -61,6 +61,25 @@ class TestDispatch:
         for name, help in cli.COMMANDS.items():
             assert f"  {name:8}{help}\n" in result.stdout
 
+    @pytest.mark.parametrize("redirection", ["", ">&-"])
+    def test_its_quick_end_loses_neither_output_nor_status(self, redirection: str) -> None:
+        code = """if True:
+            from pyvmm import cli
+            from pyvmm.errors import UsageError
+
+            def dispatch(argv):
+                print("a word before", flush=False)
+                raise UsageError("it went wrong")
+
+            cli._dispatch = dispatch
+            cli.entry()
+        """
+        command = f'exec "$0" -c "$1" {redirection}'
+        shell = ["sh", "-c", command, sys.executable, code]
+        result = subprocess.run(shell, capture_output=True, text=True)
+        assert result.stdout == ("" if redirection else "a word before\n")
+        assert (result.returncode, result.stderr) == (2, "pyvmm: error: it went wrong\n")
+
     def test_no_command_shows_the_help_as_an_error(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
