@@ -87,8 +87,7 @@ class Board:
             entry = self._load(config)
             self._set_cpus_up(kvm, entry)
             # Guest code must stop before anything that it uses goes.
-            for vcpu in self.vcpus:
-                stack.callback(vcpu.request_stop)
+            stack.callback(self._stop_vcpus)
             self._stack = stack.pop_all()
 
     def start(self) -> None:
@@ -126,6 +125,19 @@ class Board:
         stack.callback(vcpu.close)
         return vcpu
 
+    def _on_reset(self) -> None:
+        self._stop_vcpus()
+        self._listener.on_reset()
+
+    def _on_poweroff(self) -> None:
+        self._stop_vcpus()
+        self._listener.on_poweroff()
+
+    def _stop_vcpus(self) -> None:
+        """The guest executes nothing after the instruction that ended it."""
+        for vcpu in self.vcpus:
+            vcpu.request_stop()
+
     def _on_exit(self, vcpu: VcpuThread) -> None:
         from pyvmm.machine import crash
 
@@ -136,9 +148,9 @@ class Board:
         self._pm1_events = power.Pm1Events(
             lambda level: self.vm.irq_line(layout.ACPI_SCI_GSI, level)
         )
-        reset = power.ResetPort(layout.RESET_VALUE, listener.on_reset)
-        i8042 = power.ResetPort(power.I8042_PULSE_RESET, listener.on_reset, power.I8042_STATUS)
-        control = power.Pm1Control(listener.on_poweroff)
+        reset = power.ResetPort(layout.RESET_VALUE, self._on_reset)
+        i8042 = power.ResetPort(power.I8042_PULSE_RESET, self._on_reset, power.I8042_STATUS)
+        control = power.Pm1Control(self._on_poweroff)
         panic = PvPanic(listener.on_panic)
         self._pio.add(layout.PM1_EVENT_PORT, self._pm1_events.SIZE, self._pm1_events)
         self._pio.add(layout.PM1_CONTROL_PORT, control.SIZE, control)

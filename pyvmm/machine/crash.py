@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pyvmm.machine.memory import GuestMemory
 
 CODE_BYTES = 16
+RESET_RIP = 0xFFF0
+RESET_CS_BASE = 0xFFFF_0000
 
 _EXIT_NAMES = {
     value: name
@@ -25,9 +27,18 @@ def describe(vcpu: Vcpu, index: int, memory: GuestMemory) -> GuestCrash:
     On the thread of the vCPU, after KVM_RUN returned.
     """
     error = GuestCrash(f"the guest crashed: vCPU {index} {_reason(vcpu)}")
-    for line in (*_registers(vcpu), _code(vcpu, memory)):
-        error.add_note(line)
+    if _was_reset(vcpu):
+        error.add_note("  its registers are lost: on AMD processors a shutdown resets the vCPU")
+    else:
+        for line in (*_registers(vcpu), _code(vcpu, memory)):
+            error.add_note(line)
     return error
+
+
+def _was_reset(vcpu: Vcpu) -> bool:
+    """Whether the registers are those of a processor after INIT (AMD64 APM vol. 2, 14.1.3)."""
+    sregs = vcpu.get_sregs()
+    return vcpu.get_regs().rip == RESET_RIP and sregs.cs.base == RESET_CS_BASE
 
 
 def _reason(vcpu: Vcpu) -> str:

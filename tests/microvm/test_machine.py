@@ -79,10 +79,11 @@ def test_triple_fault_is_reported_with_registers_and_code(boot: Boot) -> None:
     with pytest.raises(GuestCrash, match="vCPU 0 took a triple fault") as caught:
         outcome.check()
     notes = "\n".join(caught.value.__notes__)
-    assert "rip 00000000010000" in notes
-    assert "code at 0x10000" in notes
-    assert "0f 0b" in notes, "the UD2 that could not be delivered"
     assert "| > " in notes, "the last line of the console"
+    if "on AMD processors a shutdown resets the vCPU" not in notes:
+        assert "rip 00000000010000" in notes
+        assert "code at 0x10000" in notes
+        assert "0f 0b" in notes, "the UD2 that could not be delivered"
 
 
 def test_panic_through_pvpanic(boot: Boot) -> None:
