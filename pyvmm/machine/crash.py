@@ -38,7 +38,7 @@ def describe(vcpu: Vcpu, index: int, memory: GuestMemory) -> GuestCrash:
 def _was_reset(vcpu: Vcpu) -> bool:
     """Whether the registers are those of a processor after INIT (AMD64 APM vol. 2, 14.1.3)."""
     sregs = vcpu.get_sregs()
-    return vcpu.get_regs().rip == RESET_RIP and sregs.cs.base == RESET_CS_BASE
+    return bool(vcpu.get_regs().rip == RESET_RIP and sregs.cs.base == RESET_CS_BASE)
 
 
 def _reason(vcpu: Vcpu) -> str:
