@@ -295,8 +295,10 @@ class VM:
         return Outcome(error.exit_status, error)
 
     def _last_lines(self) -> list[str]:
-        text = self.console_tail().replace("\r", "")
-        return [line for line in text.split("\n") if line.strip()]
+        """What the console shows of them: a guest does not get to control a terminal here."""
+        lines = self.console_tail().split("\n")
+        shown = ["".join(c for c in line if c.isprintable() or c == "\t") for line in lines]
+        return [line for line in shown if line.strip()]
 
     # What others report; any thread
 
