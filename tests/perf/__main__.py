@@ -19,6 +19,8 @@ from pyvmm.kvm.probe import probe
 from pyvmm.nested import run_nested
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from perf.benchmarks import Row, Samples
 
 _ROOT = Path(__file__).parents[2]
@@ -38,7 +40,8 @@ _NATIVE_ONLY = "first-byte"
 def main() -> int:
     args = _arguments()
     if args.samples:
-        args.samples.write_text(json.dumps(_measure(args.benchmarks, args.rounds)))
+        for result in _measure(args.benchmarks, args.rounds):
+            args.samples.write_text(json.dumps(result))
         return 0
 
     results: Samples = {}
@@ -53,7 +56,10 @@ def main() -> int:
         reason = None if verdict.can_run_linux else verdict.reason
     for names, nested in ((native, False), (linux, reason is not None)):
         if names:
-            samples, failed = (_measure_nested if nested else _measure)(names, args.rounds)
+            if nested:
+                samples, failed = _measure_nested(names, args.rounds)
+            else:
+                *_, (samples, failed) = _measure(names, args.rounds)
             results |= samples
             failures += failed
 
@@ -62,7 +68,7 @@ def main() -> int:
         print(f"In an emulated machine, for here {reason}: {', '.join(linux)}")
     print(_table(results))
     for failure in failures:
-        print(f"failed, then run again or left out: {failure}")
+        print(f"failed: {failure}")
     if args.json:
         args.json.write_text(json.dumps({"samples": results, "failures": failures}, indent=1))
     return 0
@@ -95,7 +101,8 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _measure(names: list[str], rounds: int) -> tuple[Samples, list[str]]:
+def _measure(names: list[str], rounds: int) -> Iterator[tuple[Samples, list[str]]]:
+    """All samples and failures so far, after each round."""
     with tempfile.TemporaryDirectory(prefix="pyvmm-bench-", dir=_MEMORY_FILES) as name:
         directory = Path(name)
         guests = prepare(directory, linux=names != [_NATIVE_ONLY])
@@ -103,8 +110,8 @@ def _measure(names: list[str], rounds: int) -> tuple[Samples, list[str]]:
         environment = {**os.environ, "XDG_CACHE_HOME": str(directory / "cache")}
         bench = Bench(_PROGRAM, guests, environment)
         samples: Samples = {}
-        bench.run(names, rounds, samples)
-        return samples, bench.failures
+        for _ in bench.run(names, rounds, samples):
+            yield samples, bench.failures
 
 
 def _measure_nested(names: list[str], rounds: int) -> tuple[Samples, list[str]]:
@@ -114,9 +121,11 @@ def _measure_nested(names: list[str], rounds: int) -> tuple[Samples, list[str]]:
         command = [sys.executable, "-m", "perf", *names, f"--rounds={rounds}"]
         os.environ["PYTHONPATH"] = str(_ROOT / "tests")
         status = run_nested([*command, "--samples", str(file)])
-        if status != 0:
+        if not file.exists():
             raise SystemExit(f"scripts/bench: ended with status {status} in the emulated machine")
         samples, failures = json.loads(file.read_text())
+        if status != 0:
+            failures.append(f"the emulated machine ended with status {status}: rounds are missing")
         return samples, failures
 
 

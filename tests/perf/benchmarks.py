@@ -73,9 +73,9 @@ class Bench:
         self._environment = environment
         self.failures: list[str] = []
 
-    def run(self, names: list[str], rounds: int, samples: Samples) -> None:
-        """Adds to ``samples[row][monitor]``. The monitors take turns, and in each round the other
-        begins; a first round, which fills caches, does not count."""
+    def run(self, names: list[str], rounds: int, samples: Samples) -> Iterator[None]:
+        """Adds to ``samples[row][monitor]``, and stops after each round. The monitors take turns,
+        and in each round the other begins; a first round, which fills caches, does not count."""
         for name in names:
             for number in range(rounds + 1):
                 print(f"{name}: round {number} of {rounds}", file=sys.stderr, flush=True)
@@ -83,6 +83,7 @@ class Bench:
                     values = self._attempt(name, monitor)
                     for row, value in values.items() if number else ():
                         samples.setdefault(row, {}).setdefault(monitor, []).append(value)
+                yield
 
     def _attempt(self, name: str, monitor: str) -> dict[str, float]:
         """One run. A guest that fails is run again, and after the third time left out; the report
