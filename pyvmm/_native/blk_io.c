@@ -21,9 +21,7 @@
 #endif
 
 struct blk_io {
-    const struct blk_image *image;
     enum blk_engine engine;
-    struct blk_methods methods;
     uint32_t in_flight;
     struct io_uring ring; /* BLK_ENGINE_IO_URING */
     int epoll_fd;         /* BLK_ENGINE_SYNC */
@@ -87,11 +85,10 @@ static void sync_submit(struct blk_io *io, struct blk_request *request)
 {
     struct blk_step step;
     int error;
-    enum blk_next next = blk_step_first(io->image, &io->methods, request, &step, &error);
+    enum blk_next next = blk_step_first(request, &step, &error);
 
     while (next == BLK_STEP)
-        next = blk_step_next(io->image, &io->methods, request, sync_do(io->image->fd, &step),
-                             &step, &error);
+        next = blk_step_next(request, sync_do(request->image->fd, &step), &step, &error);
     finish(io, request, error);
 }
 
@@ -128,7 +125,7 @@ static struct io_uring_sqe *next_sqe(struct blk_io *io)
 static void uring_do(struct blk_io *io, struct blk_request *request, const struct blk_step *step)
 {
     struct io_uring_sqe *sqe = next_sqe(io);
-    int fd = io->image->fd;
+    int fd = request->image->fd;
     int write_flags = step->stable ? RWF_DSYNC : 0;
     bool single = step->iov_count == 1 && step->iov->iov_len <= INT32_MAX;
 
@@ -172,7 +169,7 @@ static void uring_submit(struct blk_io *io, struct blk_request *request)
     struct blk_step step;
     int error;
 
-    if (blk_step_first(io->image, &io->methods, request, &step, &error) == BLK_STEP)
+    if (blk_step_first(request, &step, &error) == BLK_STEP)
         uring_do(io, request, &step);
     else
         finish(io, request, error);
@@ -199,7 +196,7 @@ static void uring_complete(struct blk_io *io, uint64_t user_data, int32_t result
             arm_watch(io, (uint32_t)(user_data >> 1));
         return;
     }
-    if (blk_step_next(io->image, &io->methods, request, result, &step, &error) == BLK_STEP)
+    if (blk_step_next(request, result, &step, &error) == BLK_STEP)
         uring_do(io, request, &step);
     else
         finish(io, request, error);
@@ -272,21 +269,19 @@ static int open_engine(struct blk_io *io, uint32_t depth)
     result = init_ring(&io->ring, depth + BLK_IO_MAX_WATCHES);
     if (result < 0)
         return result;
-    /* The image is not registered with the ring: the kernel takes rings apart some time after
-     * their process has gone, and until then a registered file lives on, with its lock. */
+    /* Images are not registered with the ring: the kernel takes rings apart some time after their
+     * process has gone, and until then a registered file lives on, with its lock. */
     io_uring_register_ring_fd(&io->ring); /* since 5.18: a cheaper io_uring_enter */
     return 0;
 }
 
-struct blk_io *blk_io_create(enum blk_engine engine, const struct blk_image *image,
-                             uint32_t depth)
+struct blk_io *blk_io_create(enum blk_engine engine, uint32_t depth)
 {
     struct blk_io *io = calloc(1, sizeof(*io));
     int result;
 
     if (!io)
         return NULL;
-    io->image = image;
     io->engine = engine;
     result = open_engine(io, depth);
     if (result < 0) {
@@ -322,7 +317,7 @@ int blk_io_watch(struct blk_io *io, int eventfd)
 void blk_io_submit(struct blk_io *io, struct blk_request *request)
 {
     io->in_flight++;
-    if (io->engine == BLK_ENGINE_SYNC)
+    if (io->engine == BLK_ENGINE_SYNC || request->image->in_memory)
         sync_submit(io, request);
     else
         uring_submit(io, request);

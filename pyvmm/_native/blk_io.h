@@ -1,11 +1,13 @@
-/* Block I/O on an open image, for any front end: requests go in, each comes back exactly once
- * through its `done`.
+/* Block I/O on open images, for any front end: requests go in, each names its image and comes back
+ * exactly once through its `done`.
  *
  * Two engines run the same requests: io_uring, and plain system calls that complete a request
- * within blk_io_submit. The second is for images that lie in memory (tmpfs has no asynchronous
- * reads: io_uring would hand each one to a kernel thread) and for hosts without io_uring.
+ * within blk_io_submit. The second is for hosts without io_uring, and either engine uses it for
+ * images that lie in memory (tmpfs has no asynchronous reads: io_uring would hand each one to a
+ * kernel thread).
  *
- * One thread at a time uses a blk_io, from blk_io_create to blk_io_destroy. */
+ * One thread at a time uses a blk_io, from blk_io_create to blk_io_destroy; any number of them, and
+ * any number of requests, share an image. */
 #ifndef PYVMM_BLK_IO_H
 #define PYVMM_BLK_IO_H
 
@@ -20,6 +22,8 @@ struct blk_image {
     uint32_t block_size;   /* smallest unit the image can be read or written in; at least 512 */
     uint32_t buffer_align; /* what O_DIRECT asks of addresses; 1: nothing (the page cache) */
     bool is_block_device;
+    bool in_memory;        /* see blk_image_in_memory */
+    uint32_t unsupported;  /* the engine's, 0 at first: what failed and is not tried again */
 };
 
 /* Whether the file lies on a file system in memory, where nothing waits for a disk. */
@@ -46,6 +50,7 @@ struct blk_progress {
 };
 
 struct blk_request {
+    struct blk_image *image; /* outlives the request */
     enum blk_op op;
     bool stable;    /* WRITE, WRITE_ZEROES: on stable storage when done */
     bool may_unmap; /* WRITE_ZEROES: may give the space back */
@@ -73,10 +78,8 @@ struct blk_io;
  * -errno: -EPERM forbidden (sysctl kernel.io_uring_disabled, seccomp), -ENOSYS none or too old. */
 int blk_io_uring_check(void);
 
-/* `depth` is the largest number of requests in flight. `image` must outlive the engine.
- * NULL with errno set on failure. */
-struct blk_io *blk_io_create(enum blk_engine engine, const struct blk_image *image,
-                             uint32_t depth);
+/* `depth` is the largest number of requests in flight. NULL with errno set on failure. */
+struct blk_io *blk_io_create(enum blk_engine engine, uint32_t depth);
 
 /* No request may be in flight, unless blk_io_wait failed. */
 void blk_io_destroy(struct blk_io *io);

@@ -11,7 +11,8 @@
 #define BOUNCE_SIZE (256u << 10)
 #define BOUNCE_ALIGN 4096u
 
-/* Ways to discard or to zero a range; NO_METHOD ends a list of them. */
+/* Ways to discard or to zero a range, best first in each list; NO_METHOD ends it. What an image
+ * answers with -EOPNOTSUPP is a bit in its `unsupported`. */
 enum method {
     NO_METHOD,
     PUNCH_HOLE,
@@ -34,8 +35,9 @@ static uint64_t min_u64(uint64_t a, uint64_t b)
 }
 
 /* Whether O_DIRECT takes these buffers (open(2), statx(2) STATX_DIOALIGN). */
-static bool buffers_fit(const struct blk_image *image, const struct blk_request *request)
+static bool buffers_fit(const struct blk_request *request)
 {
+    const struct blk_image *image = request->image;
     uint64_t misaligned = 0;
 
     if (image->buffer_align <= 1)
@@ -117,8 +119,8 @@ static enum blk_next transfer_step(struct blk_request *request, struct blk_step 
     return BLK_STEP;
 }
 
-static enum blk_next first_transfer(const struct blk_image *image, struct blk_request *request,
-                                    struct blk_step *step, int *error)
+static enum blk_next first_transfer(struct blk_request *request, struct blk_step *step,
+                                    int *error)
 {
     struct blk_progress *progress = &request->progress;
 
@@ -127,7 +129,7 @@ static enum blk_next first_transfer(const struct blk_image *image, struct blk_re
         progress->remaining += request->iov[i].iov_len;
     if (progress->remaining == 0)
         return done(request, 0, error);
-    if (!buffers_fit(image, request)) {
+    if (!buffers_fit(request)) {
         progress->bounce = aligned_alloc(BOUNCE_ALIGN, BOUNCE_SIZE);
         if (!progress->bounce)
             return done(request, -ENOMEM, error);
@@ -157,12 +159,12 @@ static enum blk_next next_transfer(struct blk_request *request, int64_t result,
 }
 
 /* Does the rest of the current range by the best method left. */
-static enum blk_next range_step(const struct blk_methods *methods, struct blk_request *request,
-                                struct blk_step *step, int *error)
+static enum blk_next range_step(struct blk_request *request, struct blk_step *step, int *error)
 {
     struct blk_progress *progress = &request->progress;
+    uint32_t unsupported = __atomic_load_n(&request->image->unsupported, __ATOMIC_RELAXED);
 
-    while (methods->unsupported & (1u << *progress->methods))
+    while (unsupported & (1u << *progress->methods))
         progress->methods++;
     *step = (struct blk_step){
         .kind = BLK_STEP_ALLOCATE,
@@ -194,8 +196,7 @@ static enum blk_next range_step(const struct blk_methods *methods, struct blk_re
 }
 
 /* Takes ranges off the list until one is not empty. */
-static enum blk_next start_range(const struct blk_image *image, const struct blk_methods *methods,
-                                 struct blk_request *request, struct blk_step *step, int *error)
+static enum blk_next start_range(struct blk_request *request, struct blk_step *step, int *error)
 {
     struct blk_progress *progress = &request->progress;
 
@@ -208,28 +209,29 @@ static enum blk_next start_range(const struct blk_image *image, const struct blk
         progress->offset = range->offset;
         progress->remaining = range->length;
         if (request->op == BLK_DISCARD)
-            progress->methods = image->is_block_device ? discard_device : discard_file;
+            progress->methods =
+                request->image->is_block_device ? discard_device : discard_file;
         else
             progress->methods = request->may_unmap ? zero_or_unmap : zero_in_place;
-        return range_step(methods, request, step, error);
+        return range_step(request, step, error);
     }
     if (request->op == BLK_WRITE_ZEROES && request->stable)
         return sync_step(request, step);
     return done(request, 0, error);
 }
 
-static enum blk_next next_range(const struct blk_image *image, struct blk_methods *methods,
-                                struct blk_request *request, int64_t result,
+static enum blk_next next_range(struct blk_request *request, int64_t result,
                                 struct blk_step *step, int *error)
 {
     struct blk_progress *progress = &request->progress;
     bool writing = *progress->methods == WRITE_ZERO_BYTES;
 
     if (result == -EINTR || result == -EAGAIN)
-        return range_step(methods, request, step, error);
+        return range_step(request, step, error);
     if (result == -EOPNOTSUPP && !writing) {
-        methods->unsupported |= 1u << *progress->methods;
-        return range_step(methods, request, step, error);
+        __atomic_fetch_or(&request->image->unsupported, 1u << *progress->methods,
+                          __ATOMIC_RELAXED);
+        return range_step(request, step, error);
     }
     if (result < 0)
         return done(request, (int)result, error);
@@ -239,30 +241,28 @@ static enum blk_next next_range(const struct blk_image *image, struct blk_method
         progress->offset += (uint64_t)result;
         progress->remaining -= (uint64_t)result;
         if (progress->remaining > 0)
-            return range_step(methods, request, step, error);
+            return range_step(request, step, error);
     }
-    return start_range(image, methods, request, step, error);
+    return start_range(request, step, error);
 }
 
-enum blk_next blk_step_first(const struct blk_image *image, struct blk_methods *methods,
-                             struct blk_request *request, struct blk_step *step, int *error)
+enum blk_next blk_step_first(struct blk_request *request, struct blk_step *step, int *error)
 {
     request->progress = (struct blk_progress){.remaining = 0};
     switch (request->op) {
     case BLK_READ:
     case BLK_WRITE:
-        return first_transfer(image, request, step, error);
+        return first_transfer(request, step, error);
     case BLK_DISCARD:
     case BLK_WRITE_ZEROES:
-        return start_range(image, methods, request, step, error);
+        return start_range(request, step, error);
     case BLK_FLUSH:
         break;
     }
     return sync_step(request, step);
 }
 
-enum blk_next blk_step_next(const struct blk_image *image, struct blk_methods *methods,
-                            struct blk_request *request, int64_t result, struct blk_step *step,
+enum blk_next blk_step_next(struct blk_request *request, int64_t result, struct blk_step *step,
                             int *error)
 {
     if (request->progress.syncing) {
@@ -272,5 +272,5 @@ enum blk_next blk_step_next(const struct blk_image *image, struct blk_methods *m
     }
     if (request->op == BLK_READ || request->op == BLK_WRITE)
         return next_transfer(request, result, step, error);
-    return next_range(image, methods, request, result, step, error);
+    return next_range(request, result, step, error);
 }

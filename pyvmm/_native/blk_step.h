@@ -22,24 +22,16 @@ struct blk_step {
     uint32_t iov_count;
 };
 
-/* The way to do a discard or to write zeroes, best first, is tried once an engine: what the image
- * answered with -EOPNOTSUPP is a bit here, and not tried again. */
-struct blk_methods {
-    uint32_t unsupported;
-};
-
 enum blk_next {
     BLK_STEP, /* `step` is to be done, then blk_step_next called with its result */
     BLK_DONE, /* `error` is the outcome */
 };
 
 /* The first step of a request. `error` is set with BLK_DONE. */
-enum blk_next blk_step_first(const struct blk_image *image, struct blk_methods *methods,
-                             struct blk_request *request, struct blk_step *step, int *error);
+enum blk_next blk_step_first(struct blk_request *request, struct blk_step *step, int *error);
 
 /* The step after one that returned `result`: bytes transferred, 0, or -errno. */
-enum blk_next blk_step_next(const struct blk_image *image, struct blk_methods *methods,
-                            struct blk_request *request, int64_t result, struct blk_step *step,
+enum blk_next blk_step_next(struct blk_request *request, int64_t result, struct blk_step *step,
                             int *error);
 
 #endif

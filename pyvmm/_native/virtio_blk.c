@@ -149,6 +149,7 @@ static void start_transfer(struct slot *slot, enum blk_op op, uint64_t sector,
         return;
     }
     slot->request = (struct blk_request){
+        .image = &device->image,
         .op = op,
         .stable = op == BLK_WRITE && __atomic_load_n(&device->writethrough, __ATOMIC_RELAXED),
         .offset = sector * VIRTIO_BLK_SECTOR,
@@ -205,6 +206,7 @@ static void start_ranges(struct slot *slot, enum blk_op op, struct cursor *data)
         return;
     }
     slot->request = (struct blk_request){
+        .image = &device->image,
         .op = op,
         .stable = __atomic_load_n(&device->writethrough, __ATOMIC_RELAXED),
         .may_unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
@@ -217,8 +219,11 @@ static void start_ranges(struct slot *slot, enum blk_op op, struct cursor *data)
 
 static void start_flush(struct slot *slot)
 {
-    slot->request = (struct blk_request){.op = BLK_FLUSH, .done = request_done};
-    blk_io_submit(slot->queue->io, &slot->request);
+    struct virtio_blk_queue *queue = slot->queue;
+
+    slot->request = (struct blk_request){
+        .image = &queue->device->image, .op = BLK_FLUSH, .done = request_done};
+    blk_io_submit(queue->io, &slot->request);
 }
 
 static void answer_id(struct slot *slot, const struct cursor *data)
@@ -350,7 +355,7 @@ int virtio_blk_queue_run(struct virtio_blk_queue *queue)
 {
     int result;
 
-    queue->io = blk_io_create(queue->engine, &queue->device->image, queue->vq.size);
+    queue->io = blk_io_create(queue->engine, queue->vq.size);
     if (!queue->io)
         return -errno;
     result = blk_io_watch(queue->io, queue->kick_fd);

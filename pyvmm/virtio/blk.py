@@ -91,6 +91,7 @@ class VirtioBlk(VirtioDevice):
                     "block_size": image.block_size,
                     "buffer_align": image.buffer_align,
                     "is_block_device": image.is_block_device,
+                    "in_memory": image.in_memory,
                 },
                 "readonly": image.readonly,
                 "serial": serial.encode("ascii"),

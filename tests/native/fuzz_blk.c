@@ -95,8 +95,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     uint8_t *ram = calloc(1, RAM); /* on the heap, for AddressSanitizer */
     const struct guest_mem memory = {1, {{0, RAM, ram}}};
     struct virtio_blk_device device = {
-        .image = {memfd_create("fuzz", MFD_CLOEXEC), IMAGE, setup & 4 ? 4096 : 512,
-                  setup & 8 ? 512 : 1, false},
+        .image = {
+            .fd = memfd_create("fuzz", MFD_CLOEXEC),
+            .size = IMAGE,
+            .block_size = setup & 4 ? 4096 : 512,
+            .buffer_align = setup & 8 ? 512 : 1,
+        },
         .readonly = setup & 16,
         .writethrough = setup & 32,
         .serial = "fuzz",

@@ -40,8 +40,7 @@ static const struct blk_image device = {
 
 /* A request and the step it is at. */
 struct script {
-    const struct blk_image *image;
-    struct blk_methods methods;
+    struct blk_image image;
     struct blk_request request;
     struct blk_step step;
     int error;
@@ -49,21 +48,20 @@ struct script {
 
 static enum blk_next first(struct script *script)
 {
-    return blk_step_first(script->image, &script->methods, &script->request, &script->step,
-                          &script->error);
+    script->request.image = &script->image;
+    return blk_step_first(&script->request, &script->step, &script->error);
 }
 
 static enum blk_next next(struct script *script, int64_t result)
 {
-    return blk_step_next(script->image, &script->methods, &script->request, result, &script->step,
-                         &script->error);
+    return blk_step_next(&script->request, result, &script->step, &script->error);
 }
 
 static void test_short_transfers_go_on(void)
 {
     uint8_t data[4][1024];
     struct iovec iov[4];
-    struct script script = {.image = &cached};
+    struct script script = {.image = cached};
 
     for (int op = BLK_READ; op <= BLK_WRITE; op++) {
         for (int i = 0; i < 4; i++)
@@ -90,7 +88,7 @@ static void test_ends_and_errors_of_transfers(void)
 {
     uint8_t data[1024];
     struct iovec iov;
-    struct script script = {.image = &cached};
+    struct script script = {.image = cached};
 
     for (int op = BLK_READ; op <= BLK_WRITE; op++) {
         iov = (struct iovec){data, sizeof(data)};
@@ -113,7 +111,7 @@ static void test_more_buffers_than_one_call_takes(void)
 {
     static uint8_t data[512];
     static struct iovec iov[IOV_MAX + 10];
-    struct script script = {.image = &cached};
+    struct script script = {.image = cached};
 
     for (int i = 0; i < IOV_MAX + 10; i++)
         iov[i] = (struct iovec){data, sizeof(data)};
@@ -154,7 +152,7 @@ static void test_misaligned_buffers_are_bounced(void)
     const size_t mosts[] = {512, 4096, SIZE};
 
     for (int round = 0; round < 3; round++) {
-        struct script script = {.image = &direct};
+        struct script script = {.image = direct};
 
         for (int op = BLK_WRITE; op >= BLK_READ; op--) {
             uint8_t *buffer = op == BLK_WRITE ? data : copy;
@@ -185,7 +183,7 @@ static void test_a_failed_bounce_frees_its_buffer(void)
     uint8_t data[1024];
     struct iovec iov = {data + 1, 512};
     struct script script = {
-        .image = &direct,
+        .image = direct,
         .request = {.op = BLK_READ, .iov = &iov, .iov_count = 1},
     };
 
@@ -197,7 +195,7 @@ static void test_a_failed_bounce_frees_its_buffer(void)
 static void test_discard_tries_each_way_once(void)
 {
     const struct blk_range range = {4096, 8192};
-    struct script script = {.image = &device};
+    struct script script = {.image = device};
 
     script.request = (struct blk_request){.op = BLK_DISCARD, .ranges = &range, .range_count = 1};
     CHECK(first(&script) == BLK_STEP && script.step.kind == BLK_STEP_DISCARD);
@@ -213,7 +211,7 @@ static void test_discard_tries_each_way_once(void)
 static void test_zeroes_are_written_at_last(void)
 {
     const struct blk_range ranges[] = {{512, 3 << 20}, {0, 0}, {8 << 20, 512}};
-    struct script script = {.image = &cached};
+    struct script script = {.image = cached};
     uint64_t written = 0;
 
     script.request = (struct blk_request){
@@ -243,7 +241,7 @@ static void test_an_error_ends_the_ranges(void)
 {
     const struct blk_range ranges[] = {{0, 512}, {512, 512}};
     struct script script = {
-        .image = &cached,
+        .image = cached,
         .request = {.op = BLK_WRITE_ZEROES, .ranges = ranges, .range_count = 2},
     };
 
@@ -266,8 +264,7 @@ static int temporary_file(size_t size)
 
 static void test_a_watched_eventfd_ends_the_wait(enum blk_engine engine)
 {
-    struct blk_image image = {.fd = temporary_file(4096), .size = 4096, .block_size = 512};
-    struct blk_io *io = blk_io_create(engine, &image, 4);
+    struct blk_io *io = blk_io_create(engine, 4);
     int eventfds[BLK_IO_MAX_WATCHES];
 
     CHECK(io);
@@ -285,25 +282,29 @@ static void test_a_watched_eventfd_ends_the_wait(enum blk_engine engine)
     blk_io_destroy(io);
     for (int i = 0; i < BLK_IO_MAX_WATCHES; i++)
         close(eventfds[i]);
-    close(image.fd);
 }
 
+/* Requests on several images, one of which lies in memory, through one engine. */
 static void test_every_request_is_done_once(enum blk_engine engine)
 {
-    enum { DEPTH = 64 };
-    struct blk_image image = {.fd = temporary_file(1 << 20), .size = 1 << 20, .block_size = 512};
-    struct blk_io *io = blk_io_create(engine, &image, DEPTH);
+    enum { DEPTH = 64, IMAGES = 3 };
+    struct blk_image images[IMAGES];
+    struct blk_io *io = blk_io_create(engine, DEPTH);
     static uint8_t data[DEPTH][4096];
     static struct iovec iov[DEPTH];
     static struct blk_request requests[DEPTH];
 
     CHECK(io);
+    for (int i = 0; i < IMAGES; i++)
+        images[i] = (struct blk_image){
+            .fd = temporary_file(1 << 20), .size = 1 << 20, .block_size = 512, .in_memory = i == 1};
     for (int round = 0; round < 20; round++) {
         done_count = 0;
         for (int i = 0; i < DEPTH; i++) {
             memset(data[i], round * DEPTH + i, sizeof(data[i]));
             iov[i] = (struct iovec){data[i], sizeof(data[i])};
             requests[i] = (struct blk_request){
+                .image = &images[i % IMAGES],
                 .op = i % 8 == 7 ? BLK_FLUSH : BLK_WRITE,
                 .stable = i % 16 == 0,
                 .offset = (uint64_t)i * 4096,
@@ -321,11 +322,12 @@ static void test_every_request_is_done_once(enum blk_engine engine)
     for (int i = 0; i < DEPTH; i++) {
         uint8_t check[4096];
 
-        CHECK(pread(image.fd, check, sizeof(check), (off_t)i * 4096) == sizeof(check));
+        CHECK(pread(images[i % IMAGES].fd, check, sizeof(check), (off_t)i * 4096) == sizeof(check));
         if (i % 8 != 7)
             CHECK(memcmp(check, data[i], sizeof(check)) == 0);
     }
-    close(image.fd);
+    for (int i = 0; i < IMAGES; i++)
+        close(images[i].fd);
 }
 
 /* --- queues --------------------------------------------------------------------------------- */
@@ -379,7 +381,8 @@ static void create_guest(struct guest *guest, enum blk_engine engine)
     *guest = (struct guest){
         .ram = mmap(NULL, RAM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
         .kick = eventfd(0, EFD_NONBLOCK),
-        .device.image = {temporary_file(IMAGE), IMAGE, 512, 1, false},
+        .device.image = {
+            .fd = temporary_file(IMAGE), .size = IMAGE, .block_size = 512, .buffer_align = 1},
     };
     CHECK(guest->ram != MAP_FAILED);
     guest->memory = (struct guest_mem){1, {{0, RAM, guest->ram}}};
