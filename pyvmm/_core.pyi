@@ -105,5 +105,17 @@ class _Lib:
     def virtio_blk_queue_stop(self, queue: Any) -> None: ...
     def virtio_blk_queue_counters(self, queue: Any) -> Any: ...
 
+    # net_port.h
+    NET_FRAMING_TAP: int
+    NET_FRAMING_PACKET: int
+    NET_FRAMING_STREAM: int
+    NET_OFFLOAD_CSUM: int
+    NET_OFFLOAD_TSO4: int
+    NET_OFFLOAD_TSO6: int
+    NET_OFFLOAD_ECN: int
+    NET_OFFLOAD_UFO: int
+    NET_OFFLOAD_USO4: int
+    NET_OFFLOAD_USO6: int
+
 ffi: _Ffi
 lib: _Lib

@@ -15,6 +15,7 @@ from pyvmm.schema import (
     Boolean,
     Choice,
     Integer,
+    Kind,
     Many,
     One,
     Path,
@@ -54,6 +55,78 @@ class DiskConfig(Record, implied="path"):
     serial: str = setting(
         Text(longest=20), default="", help="serial number, seen as /dev/disk/by-id/virtio-SERIAL"
     )
+
+
+class MacAddress(Kind):
+    """A MAC address that one device can have; kept as ``52:54:00:ab:cd:ef``."""
+
+    metavar = "MAC"
+
+    def read(self, value: object, source: Source) -> str:
+        parts = value.split(":") if isinstance(value, str) else []
+        if len(parts) != 6 or not all(map(_is_hex_byte, parts)):
+            raise ValueError("is not a MAC address: give one such as 52:54:00:12:34:56")
+        octets = [int(part, 16) for part in parts]
+        if octets[0] & 1 or not any(octets):
+            raise ValueError("is a MAC address of no single device: give an even first byte")
+        return ":".join(f"{octet:02x}" for octet in octets)
+
+
+def _is_hex_byte(text: str) -> bool:
+    return len(text) == 2 and all(c in "0123456789abcdefABCDEF" for c in text)
+
+
+NETS = {
+    "tap=NAME": "an Ethernet interface of the host; without rights, one that was made for you",
+}
+# The keys that belong to one kind of network alone.
+_KEYS_OF_NETS = {
+    "tap": ("tap", "vhost", "queues"),
+}
+
+
+class NetConfig(Record, implied="kind"):
+    """One virtio-net device and what it is connected to on the host; `NETS` says what there is."""
+
+    kind: str = setting(
+        Choice(*(each.partition("=")[0] for each in NETS)),
+        default=None,
+        help="what it is connected to",
+    )
+    tap: str | None = setting(
+        Text("NAME", longest=15), default=None, help="the tap interface of that name"
+    )
+    vhost: bool = setting(
+        Boolean(), default=False, help="tap: let the host's kernel move the frames"
+    )
+    queues: int = setting(
+        Integer(1, 16), default=1, help="tap: pairs of virtqueues, as a rule one per CPU"
+    )
+    mac: str | None = setting(
+        MacAddress(), default=None, help="the guest's MAC address, else one that stays the same"
+    )
+    mtu: int | None = setting(
+        Integer(68, 65521), default=None, help="the largest payload of a frame, in bytes"
+    )
+    offloads: bool = setting(
+        Boolean(),
+        default=True,
+        help="leave checksums and the cutting of large frames to the host where it can do that",
+    )
+
+    def complete(self, source: Source) -> None:
+        place = source.place or "a network"
+        forms = {each.partition("=")[0]: each for each in NETS}
+        kind = self.kind or next((kind for kind in forms if getattr(self, kind, None)), None)
+        if kind is None:
+            raise UsageError(f"{place} is connected to nothing: give {any_of(NETS)}")
+        if forms[kind] != kind and not getattr(self, kind):
+            raise UsageError(f"{place}: {kind} needs a value: give {forms[kind]}")
+        self.__dict__["kind"] = kind
+        for owner, keys in _KEYS_OF_NETS.items():
+            for key in keys:
+                if kind != owner and getattr(self, key) != self.settings[key].default:
+                    raise UsageError(f"{place}: {key} is for {forms[owner]}, not for {forms[kind]}")
 
 
 CHARDEVS = {

@@ -130,6 +130,22 @@ class Text(Kind):
         return value
 
 
+class Texts(Kind):
+    """Any number of texts: a key that may be repeated; in Python and TOML a list."""
+
+    def __init__(self, metavar: str = "TEXT") -> None:
+        self.metavar = metavar
+        self._each = Text(metavar)
+
+    def read(self, value: object, source: Source) -> tuple[str, ...]:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError("is not a list: put it in brackets")
+        return tuple(self._each.read(each, source) for each in value)
+
+    def toml(self, value: tuple[str, ...]) -> str:
+        return f"[{', '.join(map(quote_toml, value))}]"
+
+
 class Path(Kind):
     """A path as it was written, except that one in a file starts at that file's folder.
 
@@ -397,11 +413,15 @@ class Record:
     def from_text(cls, text: str, source: Source) -> Self:
         """From ``key=value,key=value``; ``,,`` stands for a comma in a value."""
         values: dict[str, object] = {}
+        lists: dict[str, list[str]] = {}
         for key, value in cls._items(text, source):
+            if key in cls.settings and isinstance(cls.settings[key].kind, Texts):
+                lists.setdefault(key, []).append(value)
+                continue
             if key in values:
                 raise UsageError(f"{source.place}: {key} is given twice")
             values[key] = value
-        return cls.from_table(values, source)
+        return cls.from_table({**values, **lists}, source)
 
     @classmethod
     def _items(cls, text: str, source: Source) -> Iterator[tuple[str, str]]:

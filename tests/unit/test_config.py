@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.config import ChardevConfig, DiskConfig, VmConfig, from_command_line, load_toml
+from pyvmm.config import (
+    ChardevConfig,
+    DiskConfig,
+    NetConfig,
+    VmConfig,
+    from_command_line,
+    load_toml,
+)
 from pyvmm.errors import UsageError
 from pyvmm.schema import MIB, Source
 
@@ -129,6 +136,45 @@ CHARDEVS = "give stdio, pty, file:PATH, unix:PATH or none"
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:
     assert error_of(**options) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mac=52:54:00:12:34:56", "--net is connected to nothing: give tap=NAME"),
+        ("tap", "--net: tap needs a value: give tap=NAME"),
+        (
+            "tap=a-name-of-16-char",
+            "--net: tap=a-name-of-16-char is too long: at most 15 characters",
+        ),
+        (
+            "tap=t0,mac=52:54:00:12:34",
+            "--net: mac=52:54:00:12:34 is not a MAC address: give one such as 52:54:00:12:34:56",
+        ),
+        (
+            "tap=t0,mac=53:54:00:12:34:56",
+            "--net: mac=53:54:00:12:34:56 is a MAC address of no single device: "
+            "give an even first byte",
+        ),
+        (
+            "tap=t0,mtu=67",
+            "--net: mtu=67 is out of range: give a whole number from 68 to 65521",
+        ),
+        (
+            "tap=t0,queues=17",
+            "--net: queues=17 is out of range: give a whole number from 1 to 16",
+        ),
+    ],
+)
+def test_bad_networks(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        NetConfig.from_text(text, Source("--net"))
+    assert str(error.value) == message
+
+
+def test_networks() -> None:
+    config = NetConfig.from_text("tap=t0,queues=2,mac=52:54:00:AB:CD:EF", Source("--net"))
+    assert config == NetConfig(kind="tap", tap="t0", queues=2, mac="52:54:00:ab:cd:ef")
 
 
 def test_no_kernel() -> None:

@@ -23,6 +23,7 @@ from pyvmm.schema import (
     Size,
     Source,
     Text,
+    Texts,
     any_of,
     format_size,
     quote_toml,
@@ -50,6 +51,10 @@ class Bicycle(Record):
     wheels: tuple[Wheel, ...] = setting(Many(Wheel), default=(), flag="--wheel", help="a wheel")
 
 
+class Bell(Record):
+    rings: tuple[str, ...] = setting(Texts(), default=(), help="what it says")
+
+
 def wheel(text: str) -> Wheel:
     return Wheel.from_text(text, Source("--wheel"))
 
@@ -73,6 +78,20 @@ def test_all_ways_in_agree() -> None:
     assert bicycle(wheels=("acme,spokes=16,tubeless=on",)).wheels == (expected,)
     assert bicycle(wheels=[expected]).wheels == (expected,)
     assert bicycle(wheels=[table]).wheels == (expected,)
+
+
+def test_a_key_that_may_be_repeated() -> None:
+    bell = Bell.from_text("rings=ding,rings=dong,,dong", Source("--bell"))
+    assert bell == Bell(rings=["ding", "dong,dong"]) == Bell(rings=("ding", "dong,dong"))
+    assert tomllib.loads(bell.to_toml()) == {"rings": ["ding", "dong,dong"]}
+    assert Bell.from_table(tomllib.loads(bell.to_toml()), Source("x.toml")) == bell
+    for wrong, message in {
+        "ding": "rings=ding is not a list: put it in brackets",
+        (1,): "rings=(1,) is not text",
+    }.items():
+        with pytest.raises(UsageError) as error:
+            Bell(rings=wrong)
+        assert str(error.value) == message
 
 
 def test_path_objects_are_never_parsed() -> None:
