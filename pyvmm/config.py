@@ -42,6 +42,9 @@ class DiskConfig(Record, implied="path"):
 
     path: str = setting(Path(), help="a raw image file or block device")
     readonly: bool = setting(Boolean(), default=False, help="let the guest only read")
+    snapshot: bool = setting(
+        Boolean(), default=False, help="throw the guest's writes away; the image can be shared"
+    )
     direct: bool = setting(Boolean(), default=False, help="bypass the host's page cache (O_DIRECT)")
     cache: str = setting(
         Choice("writeback", "writethrough"),
@@ -55,6 +58,19 @@ class DiskConfig(Record, implied="path"):
     serial: str = setting(
         Text(longest=20), default="", help="serial number, seen as /dev/disk/by-id/virtio-SERIAL"
     )
+
+    def complete(self, source: Source) -> None:
+        if self.readonly and self.snapshot:
+            place = f"{source.place}: " if source.place else ""
+            raise UsageError(
+                f"{place}readonly=on and snapshot=on contradict each other: "
+                "readonly=on if the guest must not write, snapshot=on if its writes are thrown away"
+            )
+
+    @property
+    def shares(self) -> bool:
+        """Whether others may use the same image, as it does not change."""
+        return self.readonly or self.snapshot
 
 
 class MacAddress(Kind):
@@ -271,10 +287,10 @@ class VmConfig(Record):
         seen: dict[str, DiskConfig] = {}
         for disk in self.disks:
             other = seen.setdefault(os.path.abspath(disk.path), disk)
-            if other is not disk and not (disk.readonly and other.readonly):
+            if other is not disk and not (disk.shares and other.shares):
                 raise UsageError(
-                    f"{name}={disk.path} is given twice: "
-                    "both must have readonly=on for the guest to see it as two disks"
+                    f"{name}={disk.path} is given twice: both must have readonly=on "
+                    "or snapshot=on for the guest to see it as two disks"
                 )
 
     def command_line(self) -> str:

@@ -54,8 +54,9 @@ static void finish(struct blk_io *io, struct blk_request *request, int error)
 
 /* --- plain system calls ------------------------------------------------------------------- */
 
-static int64_t sync_do(int fd, const struct blk_step *step)
+static int64_t sync_do(const struct blk_step *step)
 {
+    int fd = step->image->fd;
     uint64_t range[2] = {step->offset, step->length};
     off_t offset = (off_t)step->offset;
     int64_t result = -1;
@@ -79,17 +80,6 @@ static int64_t sync_do(int fd, const struct blk_step *step)
         break;
     }
     return result < 0 ? -errno : result;
-}
-
-static void sync_submit(struct blk_io *io, struct blk_request *request)
-{
-    struct blk_step step;
-    int error;
-    enum blk_next next = blk_step_first(request, &step, &error);
-
-    while (next == BLK_STEP)
-        next = blk_step_next(request, sync_do(request->image->fd, &step), &step, &error);
-    finish(io, request, error);
 }
 
 static int sync_wait(struct blk_io *io)
@@ -125,7 +115,7 @@ static struct io_uring_sqe *next_sqe(struct blk_io *io)
 static void uring_do(struct blk_io *io, struct blk_request *request, const struct blk_step *step)
 {
     struct io_uring_sqe *sqe = next_sqe(io);
-    int fd = request->image->fd;
+    int fd = step->image->fd;
     int write_flags = step->stable ? RWF_DSYNC : 0;
     bool single = step->iov_count == 1 && step->iov->iov_len <= INT32_MAX;
 
@@ -164,15 +154,18 @@ static void uring_do(struct blk_io *io, struct blk_request *request, const struc
     io_uring_sqe_set_data(sqe, request);
 }
 
-static void uring_submit(struct blk_io *io, struct blk_request *request)
+/* Does steps until one is under way in the kernel, or the request is done. */
+static void go_on(struct blk_io *io, struct blk_request *request, enum blk_next next,
+                  struct blk_step *step, int error)
 {
-    struct blk_step step;
-    int error;
-
-    if (blk_step_first(request, &step, &error) == BLK_STEP)
-        uring_do(io, request, &step);
-    else
-        finish(io, request, error);
+    while (next == BLK_STEP) {
+        if (io->engine == BLK_ENGINE_IO_URING && !step->image->in_memory) {
+            uring_do(io, request, step);
+            return;
+        }
+        next = blk_step_next(request, sync_do(step), step, &error);
+    }
+    finish(io, request, error);
 }
 
 /* Multishot, and edge-triggered by default: armed once, it completes at each signal, so that a
@@ -189,17 +182,16 @@ static void uring_complete(struct blk_io *io, uint64_t user_data, int32_t result
 {
     struct blk_request *request = (struct blk_request *)(uintptr_t)user_data;
     struct blk_step step;
-    int error;
+    enum blk_next next;
+    int error = 0;
 
     if (user_data & WATCH_TAG) {
         if (!(flags & IORING_CQE_F_MORE)) /* the kernel gave up on it, e.g. short of memory */
             arm_watch(io, (uint32_t)(user_data >> 1));
         return;
     }
-    if (blk_step_next(request, result, &step, &error) == BLK_STEP)
-        uring_do(io, request, &step);
-    else
-        finish(io, request, error);
+    next = blk_step_next(request, result, &step, &error);
+    go_on(io, request, next, &step, error);
 }
 
 static int uring_wait(struct blk_io *io, bool block)
@@ -316,11 +308,13 @@ int blk_io_watch(struct blk_io *io, int eventfd)
 
 void blk_io_submit(struct blk_io *io, struct blk_request *request)
 {
+    struct blk_step step;
+    enum blk_next next;
+    int error = 0;
+
     io->in_flight++;
-    if (io->engine == BLK_ENGINE_SYNC || request->image->in_memory)
-        sync_submit(io, request);
-    else
-        uring_submit(io, request);
+    next = blk_step_first(request, &step, &error);
+    go_on(io, request, next, &step, error);
 }
 
 int blk_io_wait(struct blk_io *io, bool block)

@@ -15,6 +15,8 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+struct blk_snapshot;
+
 /* Offsets and lengths are bytes and multiples of `block_size`, which the front end checks. */
 struct blk_image {
     int fd;
@@ -23,6 +25,7 @@ struct blk_image {
     uint32_t buffer_align; /* what O_DIRECT asks of addresses; 1: nothing (the page cache) */
     bool is_block_device;
     bool in_memory;        /* see blk_image_in_memory */
+    struct blk_snapshot *snapshot; /* if not NULL: where the sectors lie, instead of in `fd` */
     uint32_t unsupported;  /* the engine's, 0 at first: what failed and is not tried again */
 };
 
@@ -46,6 +49,8 @@ struct blk_progress {
     const uint8_t *methods;
     uint8_t *bounce;
     struct iovec buffer;
+    struct iovec *shortened; /* this buffer by `withheld` bytes, for one step */
+    uint64_t withheld;
     bool syncing;
 };
 

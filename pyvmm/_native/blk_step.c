@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "blk_snapshot.h"
+
 /* The most that a guest can make the monitor allocate for one request. */
 #define BOUNCE_SIZE (256u << 10)
 #define BOUNCE_ALIGN 4096u
@@ -66,6 +68,29 @@ static void copy_bounce(const struct blk_request *request, uint64_t size)
     }
 }
 
+/* Leaves the first `size` bytes of the request's buffers for the next step; returns in how many
+ * buffers they are. */
+static uint32_t shorten_buffers(struct blk_request *request, uint64_t size)
+{
+    struct iovec *iov = request->iov;
+
+    for (; iov->iov_len < size; iov++)
+        size -= iov->iov_len;
+    request->progress.shortened = iov;
+    request->progress.withheld = iov->iov_len - size;
+    iov->iov_len = size;
+    return (uint32_t)(iov - request->iov) + 1;
+}
+
+static void lengthen_buffers(struct blk_request *request)
+{
+    struct blk_progress *progress = &request->progress;
+
+    if (progress->shortened)
+        progress->shortened->iov_len += progress->withheld;
+    progress->shortened = NULL;
+}
+
 static void skip_buffers(struct blk_request *request, uint64_t size)
 {
     while (size > 0) {
@@ -93,24 +118,37 @@ static enum blk_next done(struct blk_request *request, int outcome, int *error)
 static enum blk_next sync_step(struct blk_request *request, struct blk_step *step)
 {
     request->progress.syncing = true;
-    *step = (struct blk_step){.kind = BLK_STEP_SYNC};
+    *step = (struct blk_step){.image = request->image, .kind = BLK_STEP_SYNC};
     return BLK_STEP;
 }
 
 static enum blk_next transfer_step(struct blk_request *request, struct blk_step *step)
 {
     struct blk_progress *progress = &request->progress;
+    struct blk_image *image = request->image;
+    struct blk_snapshot *snapshot = image->snapshot;
+    uint64_t length = progress->remaining;
+    uint32_t iov_count = request->iov_count;
 
+    if (snapshot) {
+        if (request->op == BLK_READ)
+            image = blk_snapshot_locate(snapshot, progress->offset, &length);
+        else
+            image = &snapshot->overlay;
+    }
+    if (length < progress->remaining && !progress->bounce)
+        iov_count = shorten_buffers(request, length);
     *step = (struct blk_step){
+        .image = image,
         .kind = request->op == BLK_READ ? BLK_STEP_READ : BLK_STEP_WRITE,
-        .stable = request->stable,
+        .stable = request->stable && !snapshot,
         .offset = progress->offset,
         .iov = request->iov,
-        .iov_count = request->iov_count < IOV_MAX ? request->iov_count : IOV_MAX,
+        .iov_count = iov_count < IOV_MAX ? iov_count : IOV_MAX,
     };
     if (progress->bounce) {
         progress->buffer.iov_base = progress->bounce;
-        progress->buffer.iov_len = min_u64(progress->remaining, BOUNCE_SIZE);
+        progress->buffer.iov_len = min_u64(length, BOUNCE_SIZE);
         if (request->op == BLK_WRITE)
             copy_bounce(request, progress->buffer.iov_len);
         step->iov = &progress->buffer;
@@ -141,7 +179,9 @@ static enum blk_next next_transfer(struct blk_request *request, int64_t result,
                                    struct blk_step *step, int *error)
 {
     struct blk_progress *progress = &request->progress;
+    struct blk_snapshot *snapshot = request->image->snapshot;
 
+    lengthen_buffers(request);
     if (result == -EINTR || result == -EAGAIN)
         return transfer_step(request, step);
     if (result < 0)
@@ -150,6 +190,8 @@ static enum blk_next next_transfer(struct blk_request *request, int64_t result,
         return done(request, -EIO, error);
     if (progress->bounce && request->op == BLK_READ)
         copy_bounce(request, (uint64_t)result);
+    if (snapshot && request->op == BLK_WRITE)
+        blk_snapshot_mark(snapshot, progress->offset, progress->offset + (uint64_t)result);
     skip_buffers(request, (uint64_t)result);
     progress->offset += (uint64_t)result;
     progress->remaining -= (uint64_t)result;
@@ -158,15 +200,25 @@ static enum blk_next next_transfer(struct blk_request *request, int64_t result,
     return transfer_step(request, step);
 }
 
+/* Where the ranges of the request are discarded or zeroed. */
+static struct blk_image *ranges_image(const struct blk_request *request)
+{
+    struct blk_image *image = request->image;
+
+    return image->snapshot ? &image->snapshot->overlay : image;
+}
+
 /* Does the rest of the current range by the best method left. */
 static enum blk_next range_step(struct blk_request *request, struct blk_step *step, int *error)
 {
     struct blk_progress *progress = &request->progress;
-    uint32_t unsupported = __atomic_load_n(&request->image->unsupported, __ATOMIC_RELAXED);
+    struct blk_image *image = ranges_image(request);
+    uint32_t unsupported = __atomic_load_n(&image->unsupported, __ATOMIC_RELAXED);
 
     while (unsupported & (1u << *progress->methods))
         progress->methods++;
     *step = (struct blk_step){
+        .image = image,
         .kind = BLK_STEP_ALLOCATE,
         .offset = progress->offset,
         .length = progress->remaining,
@@ -185,7 +237,7 @@ static enum blk_next range_step(struct blk_request *request, struct blk_step *st
         break;
     case WRITE_ZERO_BYTES:
         step->kind = BLK_STEP_WRITE;
-        step->stable = request->stable;
+        step->stable = request->stable && !request->image->snapshot;
         progress->buffer.iov_base = zeroes;
         progress->buffer.iov_len = min_u64(progress->remaining, sizeof(zeroes));
         step->iov = &progress->buffer;
@@ -193,6 +245,15 @@ static enum blk_next range_step(struct blk_request *request, struct blk_step *st
         break;
     }
     return BLK_STEP;
+}
+
+static const uint8_t *range_methods(const struct blk_request *request)
+{
+    if (request->image->snapshot) /* what is discarded must not show the base again */
+        return zero_or_unmap;
+    if (request->op == BLK_DISCARD)
+        return request->image->is_block_device ? discard_device : discard_file;
+    return request->may_unmap ? zero_or_unmap : zero_in_place;
 }
 
 /* Takes ranges off the list until one is not empty. */
@@ -208,14 +269,10 @@ static enum blk_next start_range(struct blk_request *request, struct blk_step *s
             continue;
         progress->offset = range->offset;
         progress->remaining = range->length;
-        if (request->op == BLK_DISCARD)
-            progress->methods =
-                request->image->is_block_device ? discard_device : discard_file;
-        else
-            progress->methods = request->may_unmap ? zero_or_unmap : zero_in_place;
+        progress->methods = range_methods(request);
         return range_step(request, step, error);
     }
-    if (request->op == BLK_WRITE_ZEROES && request->stable)
+    if (request->op == BLK_WRITE_ZEROES && request->stable && !request->image->snapshot)
         return sync_step(request, step);
     return done(request, 0, error);
 }
@@ -224,25 +281,29 @@ static enum blk_next next_range(struct blk_request *request, int64_t result,
                                 struct blk_step *step, int *error)
 {
     struct blk_progress *progress = &request->progress;
+    struct blk_snapshot *snapshot = request->image->snapshot;
     bool writing = *progress->methods == WRITE_ZERO_BYTES;
+    uint64_t zeroed = progress->remaining;
 
     if (result == -EINTR || result == -EAGAIN)
         return range_step(request, step, error);
     if (result == -EOPNOTSUPP && !writing) {
-        __atomic_fetch_or(&request->image->unsupported, 1u << *progress->methods,
+        __atomic_fetch_or(&ranges_image(request)->unsupported, 1u << *progress->methods,
                           __ATOMIC_RELAXED);
         return range_step(request, step, error);
     }
     if (result < 0)
         return done(request, (int)result, error);
-    if (writing) {
-        if (result == 0)
-            return done(request, -EIO, error);
-        progress->offset += (uint64_t)result;
-        progress->remaining -= (uint64_t)result;
-        if (progress->remaining > 0)
-            return range_step(request, step, error);
-    }
+    if (writing)
+        zeroed = (uint64_t)result;
+    if (zeroed == 0)
+        return done(request, -EIO, error);
+    if (snapshot)
+        blk_snapshot_mark(snapshot, progress->offset, progress->offset + zeroed);
+    progress->offset += zeroed;
+    progress->remaining -= zeroed;
+    if (progress->remaining > 0)
+        return range_step(request, step, error);
     return start_range(request, step, error);
 }
 
@@ -259,6 +320,8 @@ enum blk_next blk_step_first(struct blk_request *request, struct blk_step *step,
     case BLK_FLUSH:
         break;
     }
+    if (request->image->snapshot) /* nothing that is thrown away needs to be durable */
+        return done(request, 0, error);
     return sync_step(request, step);
 }
 

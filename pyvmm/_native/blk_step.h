@@ -13,6 +13,7 @@ enum blk_step_kind {
 };
 
 struct blk_step {
+    struct blk_image *image; /* that of the request, or what lies below it */
     enum blk_step_kind kind;
     bool stable;
     int mode;

@@ -144,12 +144,12 @@ static void start_transfer(struct slot *slot, enum blk_op op, uint64_t sector,
     struct virtio_blk_device *device = queue->device;
 
     if ((op == BLK_WRITE && device->readonly) ||
-        !range_valid(&device->image, sector, data->bytes)) {
+        !range_valid(device->image, sector, data->bytes)) {
         complete(slot, VIRTIO_BLK_S_IOERR, 0);
         return;
     }
     slot->request = (struct blk_request){
-        .image = &device->image,
+        .image = device->image,
         .op = op,
         .stable = op == BLK_WRITE && __atomic_load_n(&device->writethrough, __ATOMIC_RELAXED),
         .offset = sector * VIRTIO_BLK_SECTOR,
@@ -165,7 +165,7 @@ static void start_transfer(struct slot *slot, enum blk_op op, uint64_t sector,
 static uint8_t read_segments(struct slot *slot, enum blk_op op, struct cursor *data,
                              uint32_t count, uint32_t *flags)
 {
-    const struct blk_image *image = &slot->queue->device->image;
+    const struct blk_image *image = slot->queue->device->image;
     uint32_t known = op == BLK_WRITE_ZEROES ? VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP : 0;
     uint8_t status = VIRTIO_BLK_S_OK;
 
@@ -206,7 +206,7 @@ static void start_ranges(struct slot *slot, enum blk_op op, struct cursor *data)
         return;
     }
     slot->request = (struct blk_request){
-        .image = &device->image,
+        .image = device->image,
         .op = op,
         .stable = __atomic_load_n(&device->writethrough, __ATOMIC_RELAXED),
         .may_unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
@@ -222,7 +222,7 @@ static void start_flush(struct slot *slot)
     struct virtio_blk_queue *queue = slot->queue;
 
     slot->request = (struct blk_request){
-        .image = &queue->device->image, .op = BLK_FLUSH, .done = request_done};
+        .image = queue->device->image, .op = BLK_FLUSH, .done = request_done};
     blk_io_submit(queue->io, &slot->request);
 }
 

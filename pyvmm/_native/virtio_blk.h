@@ -18,7 +18,7 @@
 
 /* What all queues of a device share. It outlives them; only `writethrough` changes meanwhile. */
 struct virtio_blk_device {
-    struct blk_image image;
+    struct blk_image *image;
     bool readonly;
     uint8_t serial[20]; /* padded with NUL */
     bool writethrough;  /* see virtio_blk_set_writethrough */

@@ -1,4 +1,4 @@
-"""Disk images of the host: raw files and block devices, opened, checked and locked."""
+"""Disks of the host: what all kinds have in common, and raw images and block devices."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import stat
 import struct
 import time
 
-from pyvmm._core import lib
+from pyvmm._core import ffi, lib
 from pyvmm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
-    from typing import Self
+    from typing import Any, Self
 
 SECTOR = 512
 PAGE_SIZE = 4096
@@ -40,65 +40,42 @@ _FORMATS = (
 )
 
 
-class DiskImage:
-    """An open and locked image; use it as a context manager or `close` it.
+class Image:
+    """An open disk, whatever serves it; use it as a context manager or `close` it.
 
-    All sizes are bytes. `size` is that of the disk; `logical_block_size` and
-    `physical_block_size` are what a guest should be told; `block_size` is the smallest unit in
-    which the image can be read or written, and `buffer_align` what memory must be aligned to for
-    that (1: anything), both because of O_DIRECT. `discard_granularity` is 0 when space cannot be
-    given back. `in_memory` tells of an image on a tmpfs or the like, which never waits for a
-    disk.
+    `native` is the ``struct blk_image *`` for the block engine. All sizes are bytes: `size` is that
+    of the disk, `logical_block_size` and `physical_block_size` are what a guest should be told;
+    `discard_granularity` is 0 when space cannot be given back. `name` is what the user called it.
     """
 
     __slots__ = (
-        "block_size",
-        "buffer_align",
-        "direct",
         "discard_granularity",
-        "fd",
-        "in_memory",
-        "is_block_device",
         "logical_block_size",
-        "path",
+        "name",
+        "native",
         "physical_block_size",
         "readonly",
-        "size",
     )
+    name: str
+    native: Any
+    readonly: bool
+    logical_block_size: int
+    physical_block_size: int
+    discard_granularity: int
 
-    def __init__(self, path: str, fd: int, *, readonly: bool, direct: bool) -> None:
-        self.path = path
-        self.fd = fd
-        self.readonly = readonly
-        self.direct = direct
-        self.size = os.lseek(fd, 0, os.SEEK_END)
-        self.block_size = SECTOR
-        self.buffer_align = 1
-        status = os.fstat(fd)
-        self.is_block_device = stat.S_ISBLK(status.st_mode)
-        self.in_memory = bool(lib.blk_image_in_memory(fd))
-        if self.is_block_device:
-            self.logical_block_size = _ioctl_int(fd, _BLKSSZGET)
-            self.physical_block_size = _ioctl_int(fd, _BLKPBSZGET)
-            self.discard_granularity = _device_discard_granularity(status.st_rdev)
-        else:
-            self.logical_block_size = SECTOR
-            self.physical_block_size = PAGE_SIZE  # less is read before it is written
-            self.discard_granularity = 0
-            if not readonly and lib.blk_image_can_punch(fd, self.size):
-                self.discard_granularity = os.fstatvfs(fd).f_frsize
-        if direct:
-            self.block_size, self.buffer_align = _direct_alignment(path, fd)
-            self.logical_block_size = max(self.logical_block_size, self.block_size)
-            self.physical_block_size = max(self.physical_block_size, self.logical_block_size)
+    @property
+    def size(self) -> int:
+        size: int = self.native.size
+        return size
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it never waits for a disk, as on a tmpfs."""
+        return bool(self.native.in_memory)
 
     def close(self) -> None:
-        """Unlocks and closes the image; idempotent."""
-        if self.fd >= 0:
-            # Closing is not enough: a child process or an io_uring may still have the file.
-            _lock(self.fd, fcntl.F_UNLCK)
-            os.close(self.fd)
-            self.fd = -1
+        """Gives the disk back; idempotent. No request may be under way."""
+        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
@@ -110,6 +87,59 @@ class DiskImage:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class DiskImage(Image):
+    """A raw image or block device, locked as long as it is open.
+
+    `block_size` is the smallest unit in which it can be read or written, and `buffer_align` what
+    memory must be aligned to for that (1: anything), both because of O_DIRECT.
+    """
+
+    __slots__ = ("block_size", "buffer_align", "fd", "is_block_device")
+
+    def __init__(self, path: str, fd: int, *, readonly: bool, direct: bool) -> None:
+        self.name = path
+        self.fd = fd
+        self.readonly = readonly
+        self.block_size = SECTOR
+        self.buffer_align = 1
+        size = os.lseek(fd, 0, os.SEEK_END)
+        status = os.fstat(fd)
+        self.is_block_device = stat.S_ISBLK(status.st_mode)
+        if self.is_block_device:
+            self.logical_block_size = _ioctl_int(fd, _BLKSSZGET)
+            self.physical_block_size = _ioctl_int(fd, _BLKPBSZGET)
+            self.discard_granularity = _device_discard_granularity(status.st_rdev)
+        else:
+            self.logical_block_size = SECTOR
+            self.physical_block_size = PAGE_SIZE  # less is read before it is written
+            self.discard_granularity = 0
+            if not readonly and lib.blk_image_can_punch(fd, size):
+                self.discard_granularity = os.fstatvfs(fd).f_frsize
+        if direct:
+            self.block_size, self.buffer_align = _direct_alignment(path, fd)
+            self.logical_block_size = max(self.logical_block_size, self.block_size)
+            self.physical_block_size = max(self.physical_block_size, self.logical_block_size)
+        self.native = ffi.new(
+            "struct blk_image *",
+            {
+                "fd": fd,
+                "size": size,
+                "block_size": self.block_size,
+                "buffer_align": self.buffer_align,
+                "is_block_device": self.is_block_device,
+                "in_memory": lib.blk_image_in_memory(fd),
+            },
+        )
+
+    def close(self) -> None:
+        """Unlocks and closes the image; idempotent."""
+        if self.fd >= 0:
+            # Closing is not enough: a child process or an io_uring may still have the file.
+            _lock(self.fd, fcntl.F_UNLCK)
+            os.close(self.fd)
+            self.fd = -1
 
 
 def open_image(
@@ -241,18 +271,18 @@ def _acquire_lock(path: str, fd: int, readonly: bool) -> None:
 
 def _check_contents(image: DiskImage) -> None:
     if image.size == 0:
-        raise UsageError(f"the disk image {image.path} is empty: truncate -s 10G gives it a size")
+        raise UsageError(f"the disk image {image.name} is empty: truncate -s 10G gives it a size")
     if image.size % image.logical_block_size:
         size = image.size + -image.size % image.logical_block_size
         raise UsageError(
-            f"the disk image {image.path} has {image.size} bytes, which is not a multiple of "
-            f"{image.logical_block_size}: truncate -s {size} {image.path}"
+            f"the disk image {image.name} has {image.size} bytes, which is not a multiple of "
+            f"{image.logical_block_size}: truncate -s {size} {image.name}"
         )
     start = _read_start(image)
     for magic, name in _FORMATS:
         if start.startswith(magic):
             raise UsageError(
-                f"the disk image {image.path} is in {name} format, not raw: "
+                f"the disk image {image.name} is in {name} format, not raw: "
                 f"qemu-img convert -O raw makes a raw copy"
             )
 
@@ -265,6 +295,6 @@ def _read_start(image: DiskImage) -> bytes:
             os.preadv(image.fd, [memory], 0)
         except OSError as error:
             raise UsageError(
-                f"the disk image {image.path} cannot be read: {error.strerror}"
+                f"the disk image {image.name} cannot be read: {error.strerror}"
             ) from error
         return memory[:SECTOR]

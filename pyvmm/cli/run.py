@@ -83,8 +83,8 @@ _RUN_OPTIONS = (
     Option(
         "--image",
         "image",
-        "boot an image of 'pyvmm images' (built on first use): its kernel, its initrd and a copy "
-        "of its disk that is thrown away at the end",
+        "boot an image of 'pyvmm images' (built on first use): its kernel, its initrd and its "
+        "disk, with snapshot=on",
         group="boot",
         metavar="NAME",
     ),
@@ -204,7 +204,6 @@ def run(args: Arguments | argparse.Namespace) -> int:
     dry_run = given.pop("dry_run", False)
     config_file = given.pop("config", None)
     image = given.pop("image", None)
-    own_disk = image is not None and "disks" not in given
     if image is not None:
         given = {**_image_settings(image), **given}
     config = from_command_line(given, config_file)
@@ -212,7 +211,7 @@ def run(args: Arguments | argparse.Namespace) -> int:
         return _show(config)
     reason = _why_nested(config)
     if reason is None:
-        return _run_on_copy(config) if own_disk and config.disks else _run_here(config)
+        return _run_here(config)
     _check_files(config)
     if config.accel == "auto":
         print(
@@ -226,7 +225,8 @@ def _image_settings(name: str) -> dict[str, object]:
     from pyvmm.images import path
 
     image = path(name)
-    disks = [] if image.disk is None else [image.disk]
+    # All share the images of the cache.
+    disks = [] if image.disk is None else [{"path": image.disk, "snapshot": True}]
     return {"kernel": image.kernel, "initrd": image.initrd, "disks": disks}
 
 
@@ -251,7 +251,7 @@ def _show(config: VmConfig) -> int:
 
 def _check_files(config: VmConfig) -> None:
     """Opens the files as the machine will, for an error now instead of after a slow start."""
-    from pyvmm.backends.disk import open_image
+    from pyvmm.backends.storage import open_disk
     from pyvmm.boot.files import open_file
     from pyvmm.boot.linux import resolve_kernel
 
@@ -259,7 +259,9 @@ def _check_files(config: VmConfig) -> None:
     if config.initrd is not None:
         os.close(open_file(config.initrd, "initrd"))
     for disk in config.disks:
-        open_image(disk.path, readonly=disk.readonly, direct=disk.direct).close()
+        open_disk(
+            disk.path, readonly=disk.readonly, direct=disk.direct, snapshot=disk.snapshot
+        ).close()
 
 
 def _why_not_kvm() -> str | None:
@@ -294,15 +296,6 @@ def _run_nested(config: VmConfig, argv: Sequence[str]) -> int:
     # As `python -m pyvmm` would, without the time that runpy takes in an emulated machine.
     main = "from pyvmm.cli import entry; entry()"
     return run_nested([sys.executable, "-P", "-c", main, "run", *argv, "--accel=kvm"], machine)
-
-
-def _run_on_copy(config: VmConfig) -> int:
-    """Runs an image of the cache, which all share, without changing it."""
-    from pyvmm.images.scratch import scratch_copy
-
-    (disk,) = config.disks
-    with scratch_copy(disk.path) as copy:
-        return _run_here(config.replace(disks=[disk.replace(path=copy)]))
 
 
 def _run_here(config: VmConfig) -> int:

@@ -359,11 +359,16 @@ def _eventfd(stack: ExitStack) -> int:
 
 
 def _open_disk(config: DiskConfig, stack: ExitStack) -> VirtioBlk:
-    from pyvmm.backends.disk import open_image
+    from pyvmm.backends.storage import open_disk
     from pyvmm.virtio.blk import VirtioBlk
 
     image = stack.enter_context(
-        open_image(config.path, readonly=config.readonly, direct=config.direct)
+        open_disk(
+            config.path,
+            readonly=config.readonly,
+            direct=config.direct,
+            snapshot=config.snapshot,
+        )
     )
     return VirtioBlk(
         image,

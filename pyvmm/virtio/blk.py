@@ -21,18 +21,19 @@ if TYPE_CHECKING:
     from pyvmm.virtio.device import Activation
 
     class BlockImage(Protocol):
-        """What the device asks of its image; `backends.disk.DiskImage` has it. Sizes in bytes."""
+        """What the device asks of its image; `backends.disk.Image` has it. Sizes in bytes."""
 
-        fd: int
-        size: int
+        native: Any  # struct blk_image *
         readonly: bool
-        is_block_device: bool
-        in_memory: bool
-        block_size: int
-        buffer_align: int
         logical_block_size: int
         physical_block_size: int
         discard_granularity: int
+
+        @property
+        def size(self) -> int: ...
+
+        @property
+        def in_memory(self) -> bool: ...
 
 
 SECTOR = 512
@@ -85,14 +86,7 @@ class VirtioBlk(VirtioDevice):
         self._device = ffi.new(
             "struct virtio_blk_device *",
             {
-                "image": {
-                    "fd": image.fd,
-                    "size": image.size,
-                    "block_size": image.block_size,
-                    "buffer_align": image.buffer_align,
-                    "is_block_device": image.is_block_device,
-                    "in_memory": image.in_memory,
-                },
+                "image": image.native,
                 "readonly": image.readonly,
                 "serial": serial.encode("ascii"),
                 "writethrough": writethrough,

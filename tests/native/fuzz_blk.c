@@ -1,6 +1,7 @@
 /* Fuzzes the block device's queue: any rings, any requests. What must hold whatever the driver
  * does: no access outside guest memory (AddressSanitizer), each request completed once (assert),
- * an end to each run, and an image that keeps its size, and its contents when it is read-only.
+ * an end to each run, and an image that keeps its size, and its contents when it is read-only or
+ * the base of a snapshot.
  *
  * The input is a few bytes of set-up, then chains in a compact form, so that mutations mostly
  * yield chains that get past the ring, then bytes to put anywhere in guest memory. */
@@ -14,6 +15,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "blk_snapshot.h"
 #include "virtio_blk.h"
 
 enum {
@@ -94,13 +96,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     const struct virtq_config config = {0, AVAIL, USED, QUEUE_SIZE, setup & 1, setup & 2};
     uint8_t *ram = calloc(1, RAM); /* on the heap, for AddressSanitizer */
     const struct guest_mem memory = {1, {{0, RAM, ram}}};
+    struct blk_image image = {
+        .fd = memfd_create("fuzz", MFD_CLOEXEC),
+        .size = IMAGE,
+        .block_size = setup & 4 ? 4096 : 512,
+        .buffer_align = setup & 8 ? 512 : 1,
+    };
+    struct blk_image writable = image;
+    struct blk_snapshot *snapshot = NULL;
     struct virtio_blk_device device = {
-        .image = {
-            .fd = memfd_create("fuzz", MFD_CLOEXEC),
-            .size = IMAGE,
-            .block_size = setup & 4 ? 4096 : 512,
-            .buffer_align = setup & 8 ? 512 : 1,
-        },
+        .image = &image,
         .readonly = setup & 16,
         .writethrough = setup & 32,
         .serial = "fuzz",
@@ -113,8 +118,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     unsigned desc_index = 0;
     struct stat status;
 
-    if (ftruncate(device.image.fd, IMAGE) < 0 || pwrite(device.image.fd, "image", 5, 0) != 5)
+    if (ftruncate(image.fd, IMAGE) < 0 || pwrite(image.fd, "image", 5, 0) != 5)
         abort();
+    if (setup & 128) {
+        snapshot = blk_snapshot_create(&image, memfd_create("overlay", MFD_CLOEXEC), IMAGE);
+        if (!snapshot || ftruncate(snapshot->overlay.fd, IMAGE) < 0)
+            abort();
+        writable.fd = -1;
+        writable.snapshot = snapshot;
+        device.image = &writable;
+    }
     queue = virtio_blk_queue_create(&device, BLK_ENGINE_SYNC, &memory, &config, kick, &irq);
     if (!queue)
         abort();
@@ -134,16 +147,19 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         abort();
     virtio_blk_queue_destroy(queue);
 
-    if (fstat(device.image.fd, &status) < 0 || status.st_size != IMAGE)
+    if (fstat(image.fd, &status) < 0 || status.st_size != IMAGE)
         abort();
-    if (device.readonly) {
+    if (device.readonly || snapshot) {
         static uint8_t expected[IMAGE] = "image", contents[IMAGE];
 
-        if (pread(device.image.fd, contents, IMAGE, 0) != IMAGE ||
+        if (pread(image.fd, contents, IMAGE, 0) != IMAGE ||
             memcmp(contents, expected, IMAGE) != 0)
             abort();
     }
-    close(device.image.fd);
+    if (snapshot)
+        close(snapshot->overlay.fd);
+    blk_snapshot_destroy(snapshot);
+    close(image.fd);
     close(kick);
     free(ram);
     return 0;

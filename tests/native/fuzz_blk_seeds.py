@@ -8,7 +8,7 @@ from pathlib import Path
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, UNSUPPORTED = range(7)
 WITH_DATA, DATA_WRITABLE, LENGTH_IN_SECTORS = 0x40, 0x10, 0x08
-READ_ONLY, WRITETHROUGH, DIRECT = 16, 32, 8
+READ_ONLY, WRITETHROUGH, DIRECT, SNAPSHOT = 16, 32, 8, 128
 
 
 def chain(kind: int, sector: int, *lengths: int, flags: int = 0, data: bytes = b"") -> bytes:
@@ -38,7 +38,7 @@ def requests() -> dict[str, bytes]:
 
 def main() -> None:
     directory = Path(sys.argv[1])
-    for setup in (0, 3, READ_ONLY, WRITETHROUGH | 3, DIRECT):
+    for setup in (0, 3, READ_ONLY, WRITETHROUGH | 3, DIRECT, SNAPSHOT | 3, SNAPSHOT | DIRECT):
         for name, request in requests().items():
             (directory / f"{name}-{setup}").write_bytes(bytes([setup]) + request * 3)
         (directory / f"all-{setup}").write_bytes(bytes([setup]) + b"".join(requests().values()))

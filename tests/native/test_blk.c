@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "blk_io.h"
+#include "blk_snapshot.h"
 #include "blk_step.h"
 #include "check.h"
 #include "virtio_blk.h"
@@ -237,6 +238,62 @@ static void test_zeroes_are_written_at_last(void)
     CHECK(next(&script, 0) == BLK_DONE && script.error == 0);
 }
 
+/* A request whose sectors lie in turns below and above takes a step for each run of them, and leaves
+ * its buffers as they were cut. */
+static void test_runs_of_a_snapshot(void)
+{
+    enum { SECTORS = 200 };
+    static uint8_t data[SECTORS * 512];
+    struct blk_image base = cached;
+    struct blk_snapshot *snapshot = blk_snapshot_create(&base, -1, cached.size);
+    struct script script = {.image = cached};
+    struct iovec iov[] = {{data, 1000}, {data + 1000, 24}, {data + 1024, sizeof(data) - 1024}};
+    const uint64_t cuts[] = {0, 1, 3, 63, 64, 65, 128, 192, SECTORS}; /* runs begin in the overlay */
+
+    CHECK(snapshot);
+    script.image.snapshot = snapshot;
+    for (int i = 0; i + 1 < 9; i += 2)
+        blk_snapshot_mark(snapshot, 512 * (64 + cuts[i]), 512 * (64 + cuts[i + 1]));
+    script.request = (struct blk_request){.op = BLK_READ, .offset = 64 * 512, .iov = iov, .iov_count = 3};
+    CHECK(first(&script) == BLK_STEP);
+    for (int i = 0; i < 8; i++) {
+        uint64_t size = 0, expected = 512 * (cuts[i + 1] - cuts[i]);
+
+        CHECK(script.step.image == (i % 2 ? &base : &snapshot->overlay));
+        CHECK(script.step.offset == 512 * (64 + cuts[i]));
+        for (uint32_t j = 0; j < script.step.iov_count; j++)
+            size += script.step.iov[j].iov_len;
+        CHECK(size == expected);
+        if (expected > 512) /* a short read goes on in the same run */
+            CHECK(next(&script, 100) == BLK_STEP && script.step.image == (i % 2 ? &base : &snapshot->overlay));
+        CHECK(next(&script, (int64_t)(expected > 512 ? expected - 100 : expected)) ==
+              (i == 7 ? BLK_DONE : BLK_STEP));
+    }
+    CHECK(script.error == 0);
+    blk_snapshot_destroy(snapshot);
+}
+
+static void test_marks_cover_whole_sectors(void)
+{
+    struct blk_image base = cached;
+    struct blk_snapshot *snapshot = blk_snapshot_create(&base, -1, cached.size);
+    uint64_t length = 4096;
+
+    CHECK(snapshot);
+    blk_snapshot_mark(snapshot, 512, 1000); /* a write that ended early */
+    CHECK(blk_snapshot_locate(snapshot, 512, &length) == &base && length == 4096);
+    blk_snapshot_mark(snapshot, 1000, 1024); /* and went on */
+    CHECK(blk_snapshot_locate(snapshot, 512, &length) == &snapshot->overlay && length == 512);
+    length = 4096;
+    CHECK(blk_snapshot_locate(snapshot, 0, &length) == &base && length == 512);
+    length = cached.size - 1024;
+    CHECK(blk_snapshot_locate(snapshot, 1024, &length) == &base && length == cached.size - 1024);
+    blk_snapshot_mark(snapshot, 0, cached.size);
+    length = cached.size;
+    CHECK(blk_snapshot_locate(snapshot, 0, &length) == &snapshot->overlay && length == cached.size);
+    blk_snapshot_destroy(snapshot);
+}
+
 static void test_an_error_ends_the_ranges(void)
 {
     const struct blk_range ranges[] = {{0, 512}, {512, 512}};
@@ -347,6 +404,8 @@ enum {
 struct guest {
     uint8_t *ram;
     struct guest_mem memory;
+    struct blk_image image;
+    struct blk_image base; /* of `image`, if that is a snapshot */
     struct virtio_blk_device device;
     struct virtio_irq irq;
     uint32_t interrupt_status;
@@ -381,8 +440,9 @@ static void create_guest(struct guest *guest, enum blk_engine engine)
     *guest = (struct guest){
         .ram = mmap(NULL, RAM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
         .kick = eventfd(0, EFD_NONBLOCK),
-        .device.image = {
+        .image = {
             .fd = temporary_file(IMAGE), .size = IMAGE, .block_size = 512, .buffer_align = 1},
+        .device.image = &guest->image,
     };
     CHECK(guest->ram != MAP_FAILED);
     guest->memory = (struct guest_mem){1, {{0, RAM, guest->ram}}};
@@ -393,12 +453,28 @@ static void create_guest(struct guest *guest, enum blk_engine engine)
     CHECK(guest->queue);
 }
 
+static void make_snapshot(struct guest *guest)
+{
+    guest->base = guest->image;
+    guest->image.fd = -1;
+    guest->image.snapshot = blk_snapshot_create(&guest->base, temporary_file(IMAGE), IMAGE);
+    CHECK(guest->image.snapshot);
+}
+
 static void destroy_guest(struct guest *guest)
 {
+    struct blk_snapshot *snapshot = guest->image.snapshot;
+
     virtio_blk_queue_destroy(guest->queue);
+    if (snapshot) {
+        close(snapshot->overlay.fd);
+        blk_snapshot_destroy(snapshot);
+        close(guest->base.fd);
+    }
     close(guest->kick);
     close(guest->irq.irqfd);
-    close(guest->device.image.fd);
+    if (!snapshot)
+        close(guest->image.fd);
     munmap(guest->ram, RAM);
 }
 
@@ -452,7 +528,7 @@ static void wait_for_interrupt(struct guest *guest)
 
 /* Random reads and writes at depth, each slot in a part of the image of its own, against a model
  * of what the image holds; every now and then the queue is stopped and run again. */
-static void test_random_io(enum blk_engine engine)
+static void test_random_io(enum blk_engine engine, bool snapshot)
 {
     enum { PART = IMAGE / SLOTS, REQUESTS = 20000 };
     uint8_t *model = calloc(1, IMAGE), *check = malloc(IMAGE);
@@ -465,6 +541,8 @@ static void test_random_io(enum blk_engine engine)
     struct guest guest;
 
     create_guest(&guest, engine);
+    if (snapshot)
+        make_snapshot(&guest);
     start_queue(&guest);
     while (returned < REQUESTS) {
         int slot;
@@ -503,7 +581,12 @@ static void test_random_io(enum blk_engine engine)
     }
     stop_queue(&guest);
     CHECK(virtio_blk_queue_counters(guest.queue).requests == REQUESTS);
-    CHECK(pread(guest.device.image.fd, check, IMAGE, 0) == IMAGE);
+    if (snapshot) { /* each sector shows what the guest wrote, or still the empty base */
+        CHECK(pread(guest.image.snapshot->overlay.fd, check, IMAGE, 0) == IMAGE);
+        CHECK(memcmp(check, model, IMAGE) == 0);
+        memset(model, 0, IMAGE);
+    }
+    CHECK(pread(snapshot ? guest.base.fd : guest.image.fd, check, IMAGE, 0) == IMAGE);
     CHECK(memcmp(check, model, IMAGE) == 0);
     destroy_guest(&guest);
     free(model);
@@ -546,6 +629,8 @@ int main(void)
     test_discard_tries_each_way_once();
     test_zeroes_are_written_at_last();
     test_an_error_ends_the_ranges();
+    test_runs_of_a_snapshot();
+    test_marks_cover_whole_sectors();
     if (uring < 0)
         fprintf(stderr, "test_blk: no io_uring here (%s): only the other engine is tested\n",
                 strerror(-uring));
@@ -553,7 +638,8 @@ int main(void)
          engine <= BLK_ENGINE_SYNC; engine++) {
         test_a_watched_eventfd_ends_the_wait(engine);
         test_every_request_is_done_once(engine);
-        test_random_io(engine);
+        test_random_io(engine, false);
+        test_random_io(engine, true);
         test_stopped_before_it_ran(engine);
         test_a_ring_that_makes_no_sense(engine);
     }

@@ -69,7 +69,7 @@ def test_options_are_text_and_become_what_they_mean() -> None:
     )
 
 
-DISK_KEYS = "(known keys: path, readonly, direct, cache, queues, queue_size, serial)"
+DISK_KEYS = "(known keys: path, readonly, snapshot, direct, cache, queues, queue_size, serial)"
 CHARDEVS = "give stdio, pty, file:PATH, unix:PATH or none"
 
 
@@ -114,8 +114,13 @@ CHARDEVS = "give stdio, pty, file:PATH, unix:PATH or none"
         ),
         (
             {"disks": ["a.img", "./a.img,readonly=on"]},
-            "--disk=./a.img is given twice: "
-            "both must have readonly=on for the guest to see it as two disks",
+            "--disk=./a.img is given twice: both must have readonly=on or snapshot=on "
+            "for the guest to see it as two disks",
+        ),
+        (
+            {"disks": ["a.img,readonly=on,snapshot=on"]},
+            "--disk: readonly=on and snapshot=on contradict each other: readonly=on if the guest "
+            "must not write, snapshot=on if its writes are thrown away",
         ),
         ({"serial": "pipe"}, f"--serial=pipe is for Python programs: {CHARDEVS}"),
         ({"serial": "tty"}, f"--serial=tty is not a character device: {CHARDEVS}"),

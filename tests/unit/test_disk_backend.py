@@ -60,7 +60,7 @@ def refusal(path: Path, *, readonly: bool = False, direct: bool = False) -> str:
 class TestDescription:
     def test_of_a_file(self, path: Path) -> None:
         with open_image(path) as image:
-            assert (image.path, image.size) == (str(path), SIZE)
+            assert (image.name, image.size) == (str(path), SIZE)
             assert not image.is_block_device
             assert (image.logical_block_size, image.physical_block_size) == (512, 4096)
             assert (image.block_size, image.buffer_align) == (512, 1)
