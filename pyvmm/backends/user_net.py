@@ -1,0 +1,182 @@
+"""User-mode networking: a TCP/IP stack in this process speaks for the guest. No root needed.
+
+The stack is libslirp, in a C thread of its own (``_native/slirp_net.c``). The guest finds a network
+with DHCP, a router that is the host, and a name server that asks the host's.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+
+from pyvmm._core import lib as core
+from pyvmm.backends.net import NetPort
+from pyvmm.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any, Protocol
+
+    class Forward(Protocol):
+        """A port of the host that leads to one of the guest; `config.ForwardConfig` is one.
+
+        Port 0 of the host: any that is free. Guest address "": the one that DHCP gives.
+        """
+
+        protocol: str
+        host: str
+        host_port: int
+        guest: str
+        guest_port: int
+
+        def to_text(self) -> str: ...
+
+
+# Sends every TCP segment and datagram in one frame: with 1500 bytes the same takes 44 of them.
+DEFAULT_MTU = 65520
+
+# What the kernel may keep between the stack and the device, one way; it may give less.
+_SOCKET_BUFFER = 4 << 20
+
+# libslirp's set-up is not for several threads, and cffi calls run without the GIL.
+_create_lock = threading.Lock()
+
+
+class UserNet(NetPort):
+    """A network of one guest: `network` (address, prefix length), in which the host is .2.
+
+    `mtu` is in bytes, 576 to 65520. `restrict` lets the guest reach nothing but DHCP, and be reached
+    through `forwards`; `loopback` lets it reach services on the host's 127.0.0.1 (and ::1) through
+    the address of the host. `hostname` is what DHCP tells the guest to be called.
+
+    `host_ports` are the ports of `forwards`, with those that were chosen. Raises UsageError.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: tuple[str, int] = ("10.0.2.0", 24),
+        mtu: int = DEFAULT_MTU,
+        hostname: str = "",
+        restrict: bool = False,
+        loopback: bool = True,
+        ipv6: bool = True,
+        forwards: Iterable[Forward] = (),
+    ) -> None:
+        self._ffi, self._lib = _library()
+        address, prefix = network
+        first = _number(address)
+        name = self._ffi.new("char[]", hostname.encode()) if hostname else self._ffi.NULL
+        config = self._ffi.new(
+            "struct slirp_net_config *",
+            {
+                "network": first,
+                "netmask": (0xFFFFFFFF << (32 - prefix)) & 0xFFFFFFFF,
+                "host": first + 2,
+                "name_server": first + 3,
+                "guest": first + 15,
+                "mtu": mtu,
+                "ipv6": ipv6,
+                "restricted": restrict,
+                "host_loopback": loopback,
+                "hostname": name,
+            },
+        )
+        self._ours, self._native, self._thread = -1, None, None
+        device, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (device, ours):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+        self._ours = ours.detach()
+        super().__init__(
+            (device.detach(),),
+            core.NET_FRAMING_PACKET,
+            vnet_hdr=True,
+            gives=core.NET_OFFLOAD_CSUM,
+            mtu=mtu,
+        )
+        try:
+            with _create_lock:
+                self._native = self._lib.slirp_net_create(config, self._ours)
+            if self._native == self._ffi.NULL:
+                self._native = None
+                raise OSError(self._ffi.errno, os.strerror(self._ffi.errno))
+            self.host_ports = [self._forward(each) for each in forwards]
+        except BaseException:
+            self.close()
+            raise
+        self._thread = threading.Thread(target=self._serve, name="user-net", daemon=True)
+        self._thread.start()
+
+    def set_offloads(self, offloads: int) -> None:
+        self._lib.slirp_net_set_checked(self._native, bool(offloads & core.NET_OFFLOAD_CSUM))
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._lib.slirp_net_stop(self._native)
+            self._thread.join()
+            self._thread = None
+        if self._native is not None:
+            with _create_lock:
+                self._lib.slirp_net_destroy(self._native)
+            self._native = None
+        if self._ours >= 0:
+            os.close(self._ours)
+            self._ours = -1
+        super().close()
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Frames since the start: see ``struct slirp_net_counters``."""
+        counters = self._lib.slirp_net_counters(self._native)
+        names = ("from_guest", "to_guest", "malformed", "dropped")
+        return {name: getattr(counters, name) for name in names}
+
+    def _forward(self, forward: Forward) -> int:
+        port: int = self._lib.slirp_net_forward(
+            self._native,
+            forward.protocol == "udp",
+            _number(forward.host),
+            forward.host_port,
+            _number(forward.guest) if forward.guest else 0,
+            forward.guest_port,
+        )
+        if port < 0:
+            raise UsageError(f"hostfwd={forward.to_text()}: {_why_not_forwarded(forward, -port)}")
+        return port
+
+    def _serve(self) -> None:
+        result = self._lib.slirp_net_run(self._native)
+        if result:
+            import logging
+
+            logger = logging.getLogger("pyvmm.backends")
+            logger.error("the user network stopped: %s", os.strerror(-result))
+
+
+def _library() -> tuple[Any, Any]:
+    try:
+        from pyvmm._slirp import ffi, lib
+    except ImportError:
+        raise UsageError(
+            "a user network needs libslirp, which this pyvmm was built without: install "
+            "libslirp-dev and run scripts/setup, or use passt or a tap"
+        ) from None
+    return ffi, lib
+
+
+def _number(address: str) -> int:
+    return int.from_bytes(socket.inet_aton(address), "big")
+
+
+def _why_not_forwarded(forward: Forward, error: int) -> str:
+    where = f"port {forward.host_port} of {forward.host}"
+    if error == errno.EADDRINUSE:
+        return f"{where} is in use: give another one, or 0 for one that is free"
+    if error == errno.EACCES:
+        return f"{where} is for root alone: give one above 1023, or 0 for one that is free"
+    if error == errno.EADDRNOTAVAIL:
+        return f"{forward.host} is no address of this machine: give 127.0.0.1, or 0.0.0.0 for all"
+    return f"{where} cannot be listened on: {os.strerror(error)}"
