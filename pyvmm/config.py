@@ -24,6 +24,7 @@ from pyvmm.schema import (
     Size,
     Source,
     Text,
+    Texts,
     any_of,
     format_size,
     setting,
@@ -92,11 +93,50 @@ def _is_hex_byte(text: str) -> bool:
     return len(text) == 2 and all(c in "0123456789abcdefABCDEF" for c in text)
 
 
+class Ipv4Network(Kind):
+    """A network with room for the addresses that user networking gives."""
+
+    metavar = "ADDRESS/BITS"
+
+    def read(self, value: object, source: Source) -> str:
+        from pyvmm.backends.forward import is_address
+
+        address, _, bits = value.partition("/") if isinstance(value, str) else ("", "", "")
+        if not (is_address(address) and bits.isascii() and bits.isdecimal() and len(bits) < 3):
+            raise ValueError("is not an IPv4 network: give one such as 10.0.2.0/24")
+        if not 8 <= int(bits) <= 27:
+            raise ValueError("has too many or too few addresses: give one of 8 to 27 bits")
+        number = int.from_bytes(map(int, address.split(".")))
+        if number & (0xFFFFFFFF >> int(bits)):
+            raise ValueError("is an address in a network: give the network's own, that ends in 0")
+        return f"{address}/{int(bits)}"
+
+
+class HostForwards(Texts):
+    """Ports of the host that lead to the guest: see `backends.forward`."""
+
+    def __init__(self) -> None:
+        super().__init__("PROTOCOL:[HOST]:PORT-[GUEST]:PORT")
+
+    def read(self, value: object, source: Source) -> tuple[str, ...]:
+        from pyvmm.backends.forward import Forward
+
+        forwards = []
+        for text in super().read(value, source):
+            try:
+                forwards.append(str(Forward.from_text(text)))
+            except ValueError as error:
+                raise UsageError(f"{source.place}={text} {error}") from None
+        return tuple(forwards)
+
+
 NETS = {
+    "user": "the host's own connections, without rights: DHCP, DNS, TCP, UDP; see hostfwd",
     "tap=NAME": "an Ethernet interface of the host; without rights, one that was made for you",
 }
 # The keys that belong to one kind of network alone.
 _KEYS_OF_NETS = {
+    "user": ("hostfwd", "net", "hostname", "restrict", "loopback", "ipv6"),
     "tap": ("tap", "vhost", "queues"),
 }
 
@@ -118,6 +158,30 @@ class NetConfig(Record, implied="kind"):
     queues: int = setting(
         Integer(1, 16), default=1, help="tap: pairs of virtqueues, as a rule one per CPU"
     )
+    hostfwd: tuple[str, ...] = setting(
+        HostForwards(),
+        default=(),
+        help="user: a port of the host that leads to the guest, such as tcp:127.0.0.1:2222-:22; "
+        "port 0 takes a free one; may be repeated",
+    )
+    net: str = setting(
+        Ipv4Network(),
+        default="10.0.2.0/24",
+        help="user: the guest's network; the host is number 2 in it, the name server 3, the guest "
+        "15",
+    )
+    hostname: str = setting(
+        Text(longest=32), default="", help="user: the name that DHCP gives the guest"
+    )
+    restrict: bool = setting(
+        Boolean(), default=False, help="user: let the guest reach nothing but forwarded ports"
+    )
+    loopback: bool = setting(
+        Boolean(),
+        default=True,
+        help="user: let the guest reach servers on the host's 127.0.0.1, as number 2",
+    )
+    ipv6: bool = setting(Boolean(), default=True, help="user: IPv6 as well")
     mac: str | None = setting(
         MacAddress(), default=None, help="the guest's MAC address, else one that stays the same"
     )
@@ -143,6 +207,10 @@ class NetConfig(Record, implied="kind"):
             for key in keys:
                 if kind != owner and getattr(self, key) != self.settings[key].default:
                     raise UsageError(f"{place}: {key} is for {forms[owner]}, not for {forms[kind]}")
+        if kind == "user" and self.mtu is not None and not 576 <= self.mtu <= 65520:
+            raise UsageError(
+                f"{place}: mtu={self.mtu} is out of range for user: give one from 576 to 65520"
+            )
 
 
 CHARDEVS = {

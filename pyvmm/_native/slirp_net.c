@@ -46,6 +46,7 @@ struct slirp_net {
     Slirp *slirp;
     int fd;
     int stop_fd;
+    uint16_t mtu;
     struct timer *timers;
     struct slirp_net_counters counters;
 
@@ -114,6 +115,28 @@ static void flush(struct slirp_net *net)
     net->queue_bytes = 0;
 }
 
+/* libslirp's DHCP server has no option for the MTU, which guests without VIRTIO_NET_F_MTU learn of
+ * in no other way: put in behind those that it gives, into the padding of the message (RFC 2131,
+ * 2132). `frame` is one of the stack's, in the queue. */
+static void add_dhcp_mtu(const struct slirp_net *net, uint8_t *frame, size_t size)
+{
+    enum { IP = ETH_HLEN, UDP = IP + 20, OPTIONS = UDP + 8 + 240 };
+    enum { OPTION_PAD = 0, OPTION_MTU = 26, OPTION_END = 255 };
+    const uint8_t server_port[] = {0, 67};
+    const uint8_t option[] = {OPTION_MTU, 2, net->mtu >> 8, net->mtu & 0xff, OPTION_END};
+    size_t at = OPTIONS;
+
+    if (size < OPTIONS || frame[12] != 0x08 || frame[13] != 0x00 || frame[IP] != 0x45 ||
+        frame[IP + 9] != IPPROTO_UDP || memcmp(frame + UDP, server_port, sizeof(server_port)) != 0)
+        return;
+    while (at + 1 < size && frame[at] != OPTION_END)
+        at += frame[at] == OPTION_PAD ? 1 : 2u + frame[at + 1];
+    if (at + sizeof(option) > size)
+        return;
+    memcpy(frame + at, option, sizeof(option));
+    memset(frame + UDP + 6, 0, 2); /* the checksum: none (RFC 768) */
+}
+
 static void enqueue(struct slirp_net *net, const void *frame, size_t size)
 {
     if (net->queued == QUEUE_FRAMES || size > QUEUE_BYTES - net->queue_bytes) {
@@ -122,6 +145,7 @@ static void enqueue(struct slirp_net *net, const void *frame, size_t size)
     }
     uint8_t *place = net->queue + net->queue_bytes;
     memcpy(place, frame, size);
+    add_dhcp_mtu(net, place, size);
     net->queue_bytes += size;
     net->out_iov[net->queued++][1] = (struct iovec){place, size};
 }
@@ -443,6 +467,7 @@ struct slirp_net *slirp_net_create(const struct slirp_net_config *config, int fd
     if (!net)
         return NULL;
     net->fd = fd;
+    net->mtu = config->mtu;
     net->pollfd_capacity = 64;
     net->pollfds = malloc((size_t)net->pollfd_capacity * sizeof(*net->pollfds));
     net->in_frames = malloc(BATCH * sizeof(*net->in_frames));

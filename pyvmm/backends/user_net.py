@@ -12,31 +12,18 @@ import socket
 import threading
 
 from pyvmm._core import lib as core
+from pyvmm.backends.forward import Forward
 from pyvmm.backends.net import NetPort
 from pyvmm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from typing import Any, Protocol
-
-    class Forward(Protocol):
-        """A port of the host that leads to one of the guest; `config.ForwardConfig` is one.
-
-        Port 0 of the host: any that is free. Guest address "": the one that DHCP gives.
-        """
-
-        protocol: str
-        host: str
-        host_port: int
-        guest: str
-        guest_port: int
-
-        def to_text(self) -> str: ...
-
+    from typing import Any
 
 # Sends every TCP segment and datagram in one frame: with 1500 bytes the same takes 44 of them.
 DEFAULT_MTU = 65520
+DEFAULT_NETWORK = "10.0.2.0/24"
 
 # What the kernel may keep between the stack and the device, one way; it may give less.
 _SOCKET_BUFFER = 4 << 20
@@ -46,19 +33,19 @@ _create_lock = threading.Lock()
 
 
 class UserNet(NetPort):
-    """A network of one guest: `network` (address, prefix length), in which the host is .2.
+    """A network of one guest: `network`, in which the host is number 2 and the guest 15.
 
-    `mtu` is in bytes, 576 to 65520. `restrict` lets the guest reach nothing but DHCP, and be reached
-    through `forwards`; `loopback` lets it reach services on the host's 127.0.0.1 (and ::1) through
-    the address of the host. `hostname` is what DHCP tells the guest to be called.
+    `mtu` is in bytes, 576 to 65520. With `restrict` the guest reaches nothing but DHCP, and is
+    reached through `forwards` alone; with `loopback` it reaches services on the host's 127.0.0.1
+    and ::1, through the host's address in the network. `hostname` is what DHCP calls the guest.
 
-    `host_ports` are the ports of `forwards`, with those that were chosen. Raises UsageError.
+    `forwards` are then those asked for, with the ports that were chosen. Raises UsageError.
     """
 
     def __init__(
         self,
         *,
-        network: tuple[str, int] = ("10.0.2.0", 24),
+        network: str = DEFAULT_NETWORK,
         mtu: int = DEFAULT_MTU,
         hostname: str = "",
         restrict: bool = False,
@@ -67,14 +54,14 @@ class UserNet(NetPort):
         forwards: Iterable[Forward] = (),
     ) -> None:
         self._ffi, self._lib = _library()
-        address, prefix = network
+        address, _, prefix = network.partition("/")
         first = _number(address)
         name = self._ffi.new("char[]", hostname.encode()) if hostname else self._ffi.NULL
         config = self._ffi.new(
             "struct slirp_net_config *",
             {
                 "network": first,
-                "netmask": (0xFFFFFFFF << (32 - prefix)) & 0xFFFFFFFF,
+                "netmask": 0xFFFFFFFF & ~(0xFFFFFFFF >> int(prefix)),
                 "host": first + 2,
                 "name_server": first + 3,
                 "guest": first + 15,
@@ -103,7 +90,7 @@ class UserNet(NetPort):
             if self._native == self._ffi.NULL:
                 self._native = None
                 raise OSError(self._ffi.errno, os.strerror(self._ffi.errno))
-            self.host_ports = [self._forward(each) for each in forwards]
+            self.forwards = [self._forward(each) for each in forwards]
         except BaseException:
             self.close()
             raise
@@ -134,18 +121,18 @@ class UserNet(NetPort):
         names = ("from_guest", "to_guest", "malformed", "dropped")
         return {name: getattr(counters, name) for name in names}
 
-    def _forward(self, forward: Forward) -> int:
+    def _forward(self, asked: Forward) -> Forward:
         port: int = self._lib.slirp_net_forward(
             self._native,
-            forward.protocol == "udp",
-            _number(forward.host),
-            forward.host_port,
-            _number(forward.guest) if forward.guest else 0,
-            forward.guest_port,
+            asked.protocol == "udp",
+            _number(asked.host),
+            asked.host_port,
+            _number(asked.guest) if asked.guest else 0,
+            asked.guest_port,
         )
         if port < 0:
-            raise UsageError(f"hostfwd={forward.to_text()}: {_why_not_forwarded(forward, -port)}")
-        return port
+            raise UsageError(f"hostfwd={asked}: {_why_not_forwarded(asked, -port)}")
+        return Forward(asked.protocol, asked.host, port, asked.guest, asked.guest_port)
 
     def _serve(self) -> None:
         result = self._lib.slirp_net_run(self._native)

@@ -11,6 +11,19 @@ if TYPE_CHECKING:
 def open_port(config: NetConfig) -> NetPort:
     """The backend that `config` asks for. UsageError when it cannot be had."""
     match config.kind:
+        case "user":
+            from pyvmm.backends.forward import Forward
+            from pyvmm.backends.user_net import DEFAULT_MTU, UserNet
+
+            return UserNet(
+                network=config.net,
+                mtu=config.mtu or DEFAULT_MTU,
+                hostname=config.hostname,
+                restrict=config.restrict,
+                loopback=config.loopback,
+                ipv6=config.ipv6,
+                forwards=[Forward.from_text(text) for text in config.hostfwd],
+            )
         case "tap":
             from pyvmm.backends.tap import open_tap
 

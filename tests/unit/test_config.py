@@ -146,7 +146,7 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mac=52:54:00:12:34:56", "--net is connected to nothing: give tap=NAME"),
+        ("mac=52:54:00:12:34:56", "--net is connected to nothing: give user or tap=NAME"),
         ("tap", "--net: tap needs a value: give tap=NAME"),
         (
             "tap=a-name-of-16-char",
@@ -169,6 +169,30 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
             "tap=t0,queues=17",
             "--net: queues=17 is out of range: give a whole number from 1 to 16",
         ),
+        (
+            "user,hostfwd=tcp:22",
+            "--net: hostfwd=tcp:22 is not a forwarded port: "
+            "give one such as tcp:127.0.0.1:2222-:22",
+        ),
+        ("user,vhost=on", "--net: vhost is for tap=NAME, not for user"),
+        ("tap=t0,restrict=on", "--net: restrict is for user, not for tap=NAME"),
+        (
+            "user,net=10.0.2.0",
+            "--net: net=10.0.2.0 is not an IPv4 network: give one such as 10.0.2.0/24",
+        ),
+        (
+            "user,net=10.0.2.0/28",
+            "--net: net=10.0.2.0/28 has too many or too few addresses: give one of 8 to 27 bits",
+        ),
+        (
+            "user,net=10.0.2.1/24",
+            "--net: net=10.0.2.1/24 is an address in a network: give the network's own, that ends "
+            "in 0",
+        ),
+        (
+            "user,mtu=500",
+            "--net: mtu=500 is out of range for user: give one from 576 to 65520",
+        ),
     ],
 )
 def test_bad_networks(text: str, message: str) -> None:
@@ -180,6 +204,47 @@ def test_bad_networks(text: str, message: str) -> None:
 def test_networks() -> None:
     config = NetConfig.from_text("tap=t0,queues=2,mac=52:54:00:AB:CD:EF", Source("--net"))
     assert config == NetConfig(kind="tap", tap="t0", queues=2, mac="52:54:00:ab:cd:ef")
+
+
+def test_user_network() -> None:
+    text = "user,hostfwd=tcp::2222-:22,net=192.168.7.0/24,hostfwd=udp:0.0.0.0:0-192.168.7.15:53"
+    config = NetConfig.from_text(text, Source("--net"))
+    assert config == NetConfig(
+        kind="user",
+        net="192.168.7.0/24",
+        hostfwd=["tcp:127.0.0.1:2222-:22", "udp:0.0.0.0:0-192.168.7.15:53"],
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "tcp",
+        "tcp::22",
+        "22-22",
+        "::22-:22",
+        "icmp::22-:22",
+        "tcp::65536-:22",
+        "tcp::-1-:22",
+        "tcp::22-:0",
+        "tcp::22-:",
+        "tcp::²-:22",
+        "tcp:localhost:22-:22",
+        "tcp:1.2.3:22-:22",
+        "tcp:1.2.3.256:22-:22",
+        "tcp:[::1]:22-:22",
+        "tcp::22-:22-:22",
+        "tcp::22- :22",
+        "tcp:1:2:3-:22",
+    ],
+)
+def test_what_is_no_forwarded_port(text: str) -> None:
+    with pytest.raises(UsageError) as error:
+        NetConfig(kind="user", hostfwd=[text])
+    assert str(error.value) == (
+        f"hostfwd={text} is not a forwarded port: give one such as tcp:127.0.0.1:2222-:22"
+    )
 
 
 def test_no_kernel() -> None:
