@@ -56,6 +56,12 @@ class Chardev:
         """(columns, rows) of the terminal; None where that makes no sense."""
         return None
 
+    def hang_up(self) -> None:
+        """The guest is gone for good, and so is the device: tells a program that waits for more.
+
+        Idempotent.
+        """
+
     def close(self) -> None:
         """Delivers what was written, for a second at most, and lets go of the host's side."""
         if self.output_fd is not None:
@@ -66,7 +72,7 @@ class PipeChardev(Chardev):
     """Two pipes: what the guest prints comes out of `reader`, what goes into `writer` is its input.
 
     Both are blocking descriptors for this program, closed with the rest by `close`. A full pipe
-    stops the guest's output until it is read.
+    stops the guest's output until it is read. When the guest is gone, `reader` ends.
     """
 
     def __init__(self) -> None:
@@ -76,8 +82,14 @@ class PipeChardev(Chardev):
         os.set_blocking(output_fd, False)
         super().__init__(input_fd, output_fd)
 
+    def hang_up(self) -> None:
+        if self.output_fd is not None:
+            os.close(self.output_fd)
+            self.output_fd = None
+
     def close(self) -> None:
-        for fd in (self.input_fd, self.output_fd, self.reader, self.writer):
+        self.hang_up()
+        for fd in (self.input_fd, self.reader, self.writer):
             assert fd is not None
             os.close(fd)
 

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class ExpectTimeout(AssertionError):
-    """What was expected did not come; the message shows what came instead."""
+    """What was expected did not come, or the guest ended; the message shows what came instead."""
 
 
 class GuestConsole:
     """An expect-style console: all output is kept until `expect` or `read` consumed it.
 
     `stream` is what a guest's console of kind ``pipe`` is connected to, as ``vm.serial``.
-    `transcript` has all output so far.
+    `transcript` has all output so far; `ended` tells that there is no more: the guest is gone.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -34,6 +34,7 @@ class GuestConsole:
         self._writer = stream.writer
         self._pending = b""
         self.transcript = b""
+        self.ended = False
 
     def send(self, data: bytes | str) -> None:
         """Types `data` (text as UTF-8), all of it, however slowly the guest takes it."""
@@ -52,7 +53,7 @@ class GuestConsole:
     def expect(self, pattern: bytes | str | re.Pattern[bytes], *, timeout: float) -> bytes:
         """Waits for text (or a regular expression) and returns all output up to its end.
 
-        Raises ExpectTimeout after `timeout` seconds, and when the console ended before.
+        Raises ExpectTimeout after `timeout` seconds, and as soon as the guest has ended.
         """
         if isinstance(pattern, str):
             pattern = pattern.encode()
@@ -66,9 +67,9 @@ class GuestConsole:
                 return seen
             if not self._fill(deadline):
                 tail = self._pending[-2000:].decode(errors="replace")
+                when = "before it ended" if self.ended else f"within {timeout:g} s"
                 raise ExpectTimeout(
-                    f"the guest did not say {pattern.pattern!r} within {timeout:g} s; "
-                    f"it said instead:\n{tail}"
+                    f"the guest did not say {pattern.pattern!r} {when}; it said instead:\n{tail}"
                 )
 
     def _fill(self, deadline: float) -> bool:
@@ -79,4 +80,5 @@ class GuestConsole:
         data = os.read(self._reader, 1 << 16)
         self._pending += data
         self.transcript += data
-        return bool(data)
+        self.ended = not data
+        return not self.ended

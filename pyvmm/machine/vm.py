@@ -75,6 +75,7 @@ class VM:
         self.remarks: list[str] = []  # what the user should know once it is started
         self._resources = ExitStack()
         self._devices: list[VirtioDevice] = []
+        self._chardevs: list[Chardev] = []
         self._board: Board | None = None
         self._boot = 0  # how often the machine was powered on
         self._paused = False
@@ -187,6 +188,7 @@ class VM:
 
         chardev = open_chardev(config.kind, config.path, on_quit=self._on_quit)
         stack.callback(chardev.close)
+        self._chardevs.append(chardev)
         if chardev.description:
             self.remarks.append(f"{name} is {chardev.description}")
         return chardev
@@ -241,6 +243,8 @@ class VM:
             outcome = Outcome(getattr(error, "exit_status", ExitStatus.INTERNAL), error)
         self._power_off()
         self.outcome = outcome
+        for chardev in self._chardevs:
+            chardev.hang_up()
         self._ended.set()
 
     def _follow_events(self) -> Outcome:

@@ -1,9 +1,9 @@
 """Guests with real kernels: they need a KVM that runs Linux, which `scripts/test linux` finds or
 emulates.
 
-In the emulated machine a test whose guest fell silent altogether is run once more, and the summary
-says so: QEMU's emulation of SVM may lose a guest. A test that failed in any other way is not
-repeated, and on real hardware none is.
+In the emulated machine a test whose guest fell silent altogether, or ended in the middle of a
+command, is run once more, and the summary says so: QEMU's emulation of SVM may lose a guest. A test
+that failed in any other way is not repeated, and on real hardware none is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from _pytest.runner import runtestprotocol
-from support.linux_guest import NESTED, GuestSilent, LinuxGuest, boot_tiny, image, scratch_directory
+from support.linux_guest import NESTED, GuestLost, LinuxGuest, boot_tiny, image, scratch_directory
 from support.monitor import Monitor
 
 from pyvmm.kvm.probe import probe
@@ -24,7 +24,7 @@ from pyvmm.kvm.probe import probe
 # One test: some guests, on a loaded machine, one of them possibly twice.
 TIME_LIMIT = 1500
 
-_silent = pytest.StashKey[str]()
+_lost = pytest.StashKey[str]()
 _restarted: list[str] = []
 
 
@@ -58,8 +58,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     hook = item.ihook
     hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     reports = runtestprotocol(item, nextitem=nextitem, log=False)
-    if _silent in item.stash:
-        _restarted.append(f"{item.nodeid}: {item.stash[_silent]}")
+    if _lost in item.stash:
+        _restarted.append(f"{item.nodeid}: {item.stash[_lost]}")
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
     for report in reports:
         hook.pytest_runtest_logreport(report=report)
@@ -71,8 +71,8 @@ def pytest_exception_interact(
     node: pytest.Item | pytest.Collector, call: pytest.CallInfo[object]
 ) -> None:
     assert call.excinfo is not None
-    if isinstance(call.excinfo.value, GuestSilent):
-        node.stash[_silent] = str(call.excinfo.value).partition("\n")[0]
+    if isinstance(call.excinfo.value, GuestLost):
+        node.stash[_lost] = str(call.excinfo.value).partition("\n")[0]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from pyvmm.config import ChardevConfig, VmConfig
 from pyvmm.errors import ExitStatus, GuestCrash, GuestPanic, GuestTimeout
-from pyvmm.guest.console import GuestConsole
+from pyvmm.guest.console import ExpectTimeout, GuestConsole
 from pyvmm.machine.vm import VM
 
 PROMPT = b"> "
@@ -54,6 +54,15 @@ def test_power_off_ends_with_status_0(boot: Boot) -> None:
     console.send(b"p")
     outcome = vm.wait(timeout=10)
     assert (outcome.status, outcome.error) == (ExitStatus.OK, None)
+
+
+def test_a_console_ends_with_its_guest(boot: Boot) -> None:
+    """Who waits for a word of a guest that is gone is told at once."""
+    vm, console = boot()
+    console.send(b"p")
+    with pytest.raises(ExpectTimeout, match="before it ended"):
+        console.expect(b"never said", timeout=60)
+    assert vm.wait(timeout=10).status == ExitStatus.OK
 
 
 def test_reset_boots_again_from_the_start(boot: Boot) -> None:

@@ -2,7 +2,7 @@
 
 A guest's shell reads its commands from the serial port, as plain lines without echo or prompt, and
 marks the end and status of each. Beside it a loop prints a heartbeat, which is filtered out here:
-so a guest that stopped altogether (`GuestSilent`) can be told from one in which a command hangs.
+so a guest that stopped altogether (`GuestLost`) can be told from one in which a command hangs.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ while IFS= read -r line; do eval "$line"; done
 """
 
 
-class GuestSilent(AssertionError):
-    """The guest stopped: not even a heartbeat came."""
+class GuestLost(AssertionError):
+    """The guest stopped, or ended on its own: not even a heartbeat came."""
 
 
 class Result(NamedTuple):
@@ -63,7 +63,8 @@ class Result(NamedTuple):
 
 
 class WatchedConsole(GuestConsole):
-    """A console that gives up early, with GuestSilent, when nothing comes for SILENCE seconds.
+    """A console that gives up early, with GuestLost, when nothing comes for SILENCE seconds, or
+    nothing will.
 
     Heartbeats are taken out of the output. `describe` tells where the guest is, for the message.
     """
@@ -77,11 +78,11 @@ class WatchedConsole(GuestConsole):
         if super()._fill(min(deadline, patience)):
             self._pending = self._pending.replace(_HEARTBEAT, b"")
             return True
-        if deadline > patience <= time.monotonic():
+        silent = deadline > patience <= time.monotonic()
+        if self.ended or silent:
+            what = "ended" if self.ended else f"said nothing for {SILENCE:g} s"
             tail = self.transcript[-2000:].decode(errors="replace")
-            raise GuestSilent(
-                f"the guest said nothing for {SILENCE:g} s {self._describe()}; before:\n{tail}"
-            )
+            raise GuestLost(f"the guest {what} {self._describe()}; before:\n{tail}")
         return False
 
 
