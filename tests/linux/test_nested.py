@@ -202,7 +202,7 @@ class TestFromTheHost:
             os.kill(children_of(process.pid)[which], signal.SIGKILL)
             assert process.wait(60) == ExitStatus.NO_KVM
             message = process.stderr.read()
-            assert message.startswith(b"pyvmm: error: the emulated machine broke down:\n")
+            assert b"pyvmm: error: the emulated machine broke down:\n" in message
 
     def test_nothing_is_left_when_it_is_killed(self) -> None:
         with running("sh", "-c", "echo ready; sleep 1000") as process:
