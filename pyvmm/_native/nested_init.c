@@ -165,23 +165,52 @@ static int modprobe_main(int argc, char **argv)
 
 /* ---- the machine ---- */
 
-/* The kernel patches its static keys when the first KVM VM opens and when the last one closes;
- * QEMU's TCG loses the kernel now and then over that ("Oops: int3"). One VM and one vCPU that stay
- * open for the machine's whole life leave a single patch, at a time when nothing else runs. */
-static void hold_kvm_open(void)
+/* KVM's static keys follow its VMs: the first one and the last one, each vCPU without a local APIC,
+ * and each vCPU whose local APIC its guest has not enabled yet, so that every boot of a guest patches
+ * the code of kvm.ko twice. QEMU's TCG loses the kernel now and then over that ("Oops: int3", or a
+ * jump into nowhere). A vCPU of either kind that stays open for the machine's whole life leaves a
+ * single patch of each, at a time when nothing else runs. */
+static void hold_vcpu(int kvm, bool local_apic)
 {
-    int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC), vm, vcpu;
+    int vm = ioctl(kvm, KVM_CREATE_VM, 0), vcpu;
 
-    if (kvm < 0)
-        die("/dev/kvm");
-    vm = ioctl(kvm, KVM_CREATE_VM, 0);
     if (vm < 0)
         die("KVM_CREATE_VM");
+    if (local_apic && ioctl(vm, KVM_CREATE_IRQCHIP, 0))
+        die("KVM_CREATE_IRQCHIP");
     vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
     if (vcpu < 0)
         die("KVM_CREATE_VCPU");
     fcntl(vm, F_SETFD, FD_CLOEXEC);
     fcntl(vcpu, F_SETFD, FD_CLOEXEC);
+}
+
+static void hold_kvm_open(void)
+{
+    int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+
+    if (kvm < 0)
+        die("/dev/kvm");
+    hold_vcpu(kvm, false);
+    hold_vcpu(kvm, true);
+}
+
+/* The kernel starts with one CPU (maxcpus=1), so that all the code it patches on its way up, and
+ * all of the above, is patched while no other CPU can execute it. */
+static void bring_up_cpus(void)
+{
+    char path[64];
+    int fd;
+
+    for (int cpu = 1;; cpu++) {
+        snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu%d/online", cpu);
+        fd = open(path, O_WRONLY | O_CLOEXEC);
+        if (fd < 0)
+            break;
+        if (write(fd, "1", 1) != 1)
+            die("%s", path);
+        close(fd);
+    }
 }
 
 static void must_mount(const char *source, const char *target, const char *type,
@@ -195,6 +224,8 @@ static void mount_early(void)
 {
     mkdir("/dev", 0755);
     mkdir("/host", 0755);
+    mkdir("/sys", 0755);
+    must_mount("sysfs", "/sys", "sysfs", 0, NULL);
     must_mount("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755");
 }
 
@@ -663,6 +694,7 @@ int main(int argc, char **argv)
     mount_early();
     load_boot_modules_and_make_nodes();
     hold_kvm_open();
+    bring_up_cpus();
     mount_host_root();
     bring_up_loopback();
     open_ports();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -35,12 +36,17 @@ _CPU = "max,-cx16,-la57,-smap,-smep,-pku"
 # Without the devices that nothing here uses the kernel is up half a second earlier.
 _MACHINE = "q35,hpet=off,i8042=off,sata=off,smbus=off"
 _KERNEL_PARAMETERS = (
-    "console=ttyS0 quiet panic=-1"
+    # A kernel that has lost its way must not go on to write files.
+    "console=ttyS0 quiet panic=-1 oops=panic"
+    # nested_init.c brings up the others, when no more kernel code is patched.
+    " maxcpus=1 noreplace-smp"
     # A busy host makes time jump; the kernel must not conclude that TSC or timer are broken.
     " tsc=reliable no_timer_check"
     # What costs time under TCG and guards nothing here.
     " mitigations=off nokaslr lsm=capability apparmor=0 random.trust_cpu=on"
 )
+
+_KERNEL_FAILURE = re.compile(r"\] (BUG:|Oops|WARNING:|Kernel panic|.*Oops: )")
 
 
 def why_not() -> str | None:
@@ -184,10 +190,13 @@ class Machine:
         return all(each is not None and each.poll() is None for each in processes)
 
     def diagnosis(self) -> str:
-        """The last lines that the machine's console, QEMU and virtiofsd wrote."""
+        """What the console, QEMU and virtiofsd wrote last; of a kernel's end, how it began."""
         lines = []
         for name in ("virtiofsd.log", "qemu.log", "console.log"):
             path = self._directory / name
             text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-            lines += [f"  {name}: {line.rstrip()}" for line in text.splitlines()[-12:]]
+            log = text.splitlines()
+            start = next((i for i, line in enumerate(log) if _KERNEL_FAILURE.search(line)), None)
+            shown = log[-12:] if start is None else log[start : start + 40]
+            lines += [f"  {name}: {line.rstrip()}" for line in shown]
         return "\n".join(lines)
