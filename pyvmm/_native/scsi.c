@@ -58,12 +58,22 @@ void scsi_attention(struct scsi_lun *lun, uint32_t attention)
     pthread_mutex_unlock(&lun->lock);
 }
 
-void scsi_attention_reset(struct scsi_lun *lun, uint32_t attention)
+void scsi_lun_reset(struct scsi_lun *lun, uint32_t attention)
 {
+    if (lun->ops->reset)
+        lun->ops->reset(lun);
     pthread_mutex_lock(&lun->lock);
     set_count(lun, 0);
     add_attention(lun, attention);
     pthread_mutex_unlock(&lun->lock);
+}
+
+/* With the lock held. */
+static void remove_attention(struct scsi_lun *lun, uint32_t index)
+{
+    set_count(lun, lun->attention_count - 1);
+    memmove(lun->attentions + index, lun->attentions + index + 1,
+            (lun->attention_count - index) * sizeof(lun->attentions[0]));
 }
 
 uint32_t scsi_attention_take(struct scsi_lun *lun)
@@ -73,12 +83,22 @@ uint32_t scsi_attention_take(struct scsi_lun *lun)
     pthread_mutex_lock(&lun->lock);
     if (lun->attention_count > 0) {
         attention = lun->attentions[0];
-        set_count(lun, lun->attention_count - 1);
-        memmove(lun->attentions, lun->attentions + 1,
-                lun->attention_count * sizeof(lun->attentions[0]));
+        remove_attention(lun, 0);
     }
     pthread_mutex_unlock(&lun->lock);
     return attention;
+}
+
+void scsi_attention_drop(struct scsi_lun *lun, uint32_t attention)
+{
+    pthread_mutex_lock(&lun->lock);
+    for (uint32_t i = 0; i < lun->attention_count; i++) {
+        if (lun->attentions[i] == attention) {
+            remove_attention(lun, i);
+            break;
+        }
+    }
+    pthread_mutex_unlock(&lun->lock);
 }
 
 /* --- the life of a command ------------------------------------------------------------------ */
@@ -304,14 +324,14 @@ static const struct scsi_opcode *search(const struct scsi_opcodes *opcodes, uint
     return opcodes->table + low;
 }
 
-const struct scsi_opcode *scsi_find(const struct scsi_opcodes *opcodes,
+const struct scsi_opcode *scsi_find(const struct scsi_opcodes *opcodes, uint32_t abilities,
                                     struct scsi_command *command)
 {
     const uint8_t *cdb = command->cdb;
     const struct scsi_opcode *end = opcodes->table + opcodes->count;
     const struct scsi_opcode *entry = search(opcodes, (uint32_t)cdb[0] << 16);
 
-    if (entry == end || entry->opcode != cdb[0]) {
+    if (entry == end || entry->opcode != cdb[0] || (entry->needs & ~abilities)) {
         scsi_sense(command, INVALID_OPCODE);
         return NULL;
     }

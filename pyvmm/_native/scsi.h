@@ -130,6 +130,7 @@ struct scsi_lun {
     uint64_t id;                   /* Python's, to find its object with */
     const struct scsi_page *pages; /* what scsi_inquiry answers; constant */
     uint32_t page_count;
+    uint32_t abilities;            /* see struct scsi_opcode */
     bool descriptor_sense;         /* D_SENSE of the control mode page; atomic */
 
     pthread_mutex_t lock;          /* for what follows */
@@ -154,10 +155,12 @@ void scsi_lun_destroy(struct scsi_lun *lun);
 
 /* Establishes one, after those that wait; a second of the same kind changes nothing. */
 void scsi_attention(struct scsi_lun *lun, uint32_t attention);
-/* Forgets all and establishes this one: what a reset does. */
-void scsi_attention_reset(struct scsi_lun *lun, uint32_t attention);
+/* Resets the logical unit: forgets all of them and establishes this one. */
+void scsi_lun_reset(struct scsi_lun *lun, uint32_t attention);
 /* The oldest, which is taken away; 0: none. */
 uint32_t scsi_attention_take(struct scsi_lun *lun);
+/* Takes this one away, if it waits. */
+void scsi_attention_drop(struct scsi_lun *lun, uint32_t attention);
 
 /* Executes a command: reports a unit attention condition that is due, else calls `execute`. For
  * front ends, on the worker's thread. */
@@ -241,13 +244,15 @@ static inline void scsi_put_be64(uint8_t *at, uint64_t value)
 
 /* A command that is implemented. `usage` is its CDB usage data (SPC-4, 6.36.3): the opcode (and
  * service action), then a 1 for each bit that is evaluated. A CDB with another bit set is refused
- * with INVALID FIELD IN CDB. */
+ * with INVALID FIELD IN CDB. `needs` are bits that the logical unit's `abilities` must have for the
+ * command to exist; what they mean is its own affair. */
 struct scsi_opcode {
     uint8_t opcode;
     uint8_t size;            /* of the CDB in bytes, at most 16 */
     uint16_t service_action; /* of those that share the opcode, or SCSI_NO_SERVICE_ACTION */
     uint8_t usage[16];
     void (*execute)(struct scsi_lun *lun, struct scsi_command *command);
+    uint32_t needs;
 };
 
 /* Sorted by opcode and service action. */
@@ -258,7 +263,7 @@ struct scsi_opcodes {
 
 /* The entry for a CDB after its checks; NULL: the command has been answered with a CHECK CONDITION
  * (INVALID COMMAND OPERATION CODE or INVALID FIELD IN CDB). */
-const struct scsi_opcode *scsi_find(const struct scsi_opcodes *opcodes,
+const struct scsi_opcode *scsi_find(const struct scsi_opcodes *opcodes, uint32_t abilities,
                                     struct scsi_command *command);
 
 /* INQUIRY (SPC-4, 6.6), answered from the pages of the logical unit; it is also done. */
