@@ -76,7 +76,7 @@ class VirtioBlk(VirtioDevice):
             )
         if not 1 <= queues <= MAX_QUEUES:
             raise UsageError(f"{queues} queues for a disk: give 1 to {MAX_QUEUES}")
-        self.engine, self.engine_remark = _choose_engine(image.in_memory)
+        self.engine, self.engine_remark = choose_engine(image.in_memory)
         self.queue_sizes = (queue_size,) * queues
         self.features = _features(image, queues)
         self._image = image
@@ -199,7 +199,8 @@ class VirtioBlk(VirtioDevice):
         lib.virtio_blk_set_writethrough(self._device, writethrough or always)
 
 
-def _choose_engine(in_memory: bool) -> tuple[str, str]:
+def choose_engine(in_memory: bool) -> tuple[str, str]:
+    """How requests are executed, and what the user should be told about it, if anything."""
     if in_memory:
         return "sync", ""
     error = -lib.blk_io_uring_check()

@@ -53,7 +53,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     error = lib.blk_io_uring_check()
     if name == "io_uring" and error:
         pytest.skip(f"this kernel does not let us use io_uring: {os.strerror(-error)}")
-    monkeypatch.setattr(blk, "_choose_engine", lambda in_memory: (name, ""))
+    monkeypatch.setattr(blk, "choose_engine", lambda in_memory: (name, ""))
     return name
 
 
@@ -539,15 +539,15 @@ class TestConfiguration:
 
 class TestEngine:
     def test_an_image_in_memory_is_served_without_io_uring(self) -> None:
-        assert blk._choose_engine(True) == ("sync", "")
+        assert blk.choose_engine(True) == ("sync", "")
 
     def test_io_uring_where_it_is_allowed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(blk, "lib", _Lib(0))
-        assert blk._choose_engine(False) == ("io_uring", "")
+        assert blk.choose_engine(False) == ("io_uring", "")
 
     def test_a_fallback_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(blk, "lib", _Lib(-errno.EPERM))
-        engine, remark = blk._choose_engine(False)
+        engine, remark = blk.choose_engine(False)
         assert engine == "sync"
         assert "Operation not permitted" in remark
         assert "kernel.io_uring_disabled=0" in remark

@@ -48,7 +48,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     error = lib.blk_io_uring_check()
     if name == "io_uring" and error:
         pytest.skip(f"this kernel does not let us use io_uring: {os.strerror(-error)}")
-    monkeypatch.setattr(blk, "_choose_engine", lambda in_memory: (name, ""))
+    monkeypatch.setattr(blk, "choose_engine", lambda in_memory: (name, ""))
     return name
 
 
