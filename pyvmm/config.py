@@ -32,14 +32,14 @@ from pyvmm.schema import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from typing import Self
 
 _HUGE_PAGE = 2 * MIB
 
 
 class DiskConfig(Record, implied="path"):
-    """One virtio-blk disk on a raw image or a block device."""
+    """One disk on a raw image or a block device, a virtio-blk device or behind virtio-scsi."""
 
     path: str = setting(Path(), help="a raw image file or block device")
     readonly: bool = setting(Boolean(), default=False, help="let the guest only read")
@@ -59,10 +59,28 @@ class DiskConfig(Record, implied="path"):
     serial: str = setting(
         Text(longest=20), default="", help="serial number, seen as /dev/disk/by-id/virtio-SERIAL"
     )
+    bus: str = setting(
+        Choice("virtio", "scsi"),
+        default="virtio",
+        help="virtio: a device of its own; scsi: a logical unit of the SCSI controller (/dev/sda)",
+    )
+    target: int | None = setting(
+        Integer(0, 255), default=None, help="with bus=scsi: the SCSI target (0)"
+    )
+    lun: int | None = setting(
+        Integer(0, 16383), default=None, help="with bus=scsi: the LUN (the first that is free)"
+    )
 
     def complete(self, source: Source) -> None:
+        place = f"{source.place}: " if source.place else ""
+        if self.bus == "virtio" and (self.target, self.lun) != (None, None):
+            raise UsageError(f"{place}target and lun are places of SCSI disks: add bus=scsi")
+        if self.bus == "scsi" and (self.queues, self.queue_size) != (1, 256):
+            raise UsageError(
+                f"{place}all SCSI disks share the queues of their controller: "
+                "give --scsi queues=N,queue_size=N instead"
+            )
         if self.readonly and self.snapshot:
-            place = f"{source.place}: " if source.place else ""
             raise UsageError(
                 f"{place}readonly=on and snapshot=on contradict each other: "
                 "readonly=on if the guest must not write, snapshot=on if its writes are thrown away"
@@ -72,6 +90,18 @@ class DiskConfig(Record, implied="path"):
     def shares(self) -> bool:
         """Whether others may use the same image, as it does not change."""
         return self.readonly or self.snapshot
+
+
+class ScsiConfig(Record):
+    """The SCSI controller (virtio-scsi), which all SCSI disks are behind."""
+
+    queues: int = setting(Integer(1, 16), default=1, help="request queues, as a rule one per CPU")
+    queue_size: int = setting(
+        Integer(8, 1024, power_of_two=True), default=256, help="descriptors in each request queue"
+    )
+
+    def to_text(self) -> str:
+        return f"queues={self.queues},queue_size={self.queue_size}"
 
 
 class MacAddress(Kind):
@@ -309,6 +339,12 @@ class VmConfig(Record):
         flag="--disk",
         help="a disk: /dev/vda, then /dev/vdb and so on",
     )
+    scsi: ScsiConfig | None = setting(
+        One(ScsiConfig),
+        default=None,
+        group="storage",
+        help="the SCSI controller (default: one if there is a disk for it)",
+    )
     serial: ChardevConfig = setting(
         One(ChardevConfig),
         default=None,
@@ -349,6 +385,35 @@ class VmConfig(Record):
                 f"or no {name['hugepages']}"
             )
         self._check_disks_differ(name["disks"])
+        self.scsi_places(name["disks"])
+        if self.scsi is None and any(disk.bus == "scsi" for disk in self.disks):
+            self.__dict__["scsi"] = ScsiConfig()
+
+    def scsi_places(self, name: str = "--disk") -> list[tuple[int, int]]:
+        """Target and LUN of each SCSI disk, in their order.
+
+        Where they are not given it is target 0 and the first LUN that nobody has. UsageError when
+        a place is given twice.
+        """
+        disks = [disk for disk in self.disks if disk.bus == "scsi"]
+        taken: set[tuple[int, int]] = set()
+        for disk in disks:
+            if disk.lun is not None:
+                place = (disk.target or 0, disk.lun)
+                if place in taken:
+                    raise UsageError(
+                        f"{name}={disk.path}: there is a disk at target {place[0]}, LUN {place[1]} "
+                        "already: give another lun, or none for the first that is free"
+                    )
+                taken.add(place)
+        places = []
+        for disk in disks:
+            target, lun = disk.target or 0, disk.lun
+            if lun is None:
+                lun = first_free_lun(target, taken)
+                taken.add((target, lun))
+            places.append((target, lun))
+        return places
 
     def _check_disks_differ(self, name: str) -> None:
         """Two disks on one image would corrupt it; two that only read are fine."""
@@ -365,8 +430,8 @@ class VmConfig(Record):
         """The kernel parameters: what makes the machine usable as it is, then ``append``.
 
         ``console=`` names every console that is connected, the one on stdio last, as Linux makes
-        the last one /dev/console; ``root=`` is the first disk. Either is left out where ``append``
-        speaks of it.
+        the last one /dev/console; ``root=`` is the first disk (unless it is a SCSI disk that the
+        guest finds after others). Either is left out where ``append`` speaks of it.
         """
         given = self.append.split()
         words = []
@@ -376,8 +441,19 @@ class VmConfig(Record):
             connected.sort(key=lambda name: names[name].kind == "stdio")
             words += [f"console={name}" for name in connected]
         if self.disks and not any(word.startswith("root=") for word in given):
-            words += ["root=/dev/vda", "ro" if self.disks[0].readonly else "rw"]
+            first = self.disks[0]
+            device = "/dev/vda" if first.bus == "virtio" else "/dev/sda"
+            places = self.scsi_places()
+            if first.bus == "virtio" or places[0] == min(places):
+                words += [f"root={device}", "ro" if first.readonly else "rw"]
         return " ".join([*words, self.append.strip()]).strip()
+
+
+def first_free_lun(target: int, taken: Collection[tuple[int, int]]) -> int:
+    """The first LUN of the target that is not among the places that are taken."""
+    from itertools import count
+
+    return next(lun for lun in count() if (target, lun) not in taken)
 
 
 def load_toml(path: str) -> dict[str, object]:

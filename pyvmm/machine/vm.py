@@ -10,18 +10,19 @@ from collections import deque
 from contextlib import ExitStack
 
 from pyvmm._core import ffi, lib
-from pyvmm.errors import ExitStatus, GuestPanic, GuestTimeout
+from pyvmm.errors import ExitStatus, GuestPanic, GuestTimeout, UsageError
 
 TYPE_CHECKING = False  # importing typing takes milliseconds
 if TYPE_CHECKING:
     from typing import Any, Self
 
     from pyvmm.backends.chardev import Chardev
-    from pyvmm.config import ChardevConfig, DiskConfig, VmConfig
+    from pyvmm.config import ChardevConfig, DiskConfig, ScsiConfig, VmConfig
     from pyvmm.errors import GuestCrash, PyvmmError
     from pyvmm.kvm.handles import Kvm
     from pyvmm.machine.board import Board
     from pyvmm.machine.chassis import ChassisBuilder
+    from pyvmm.machine.scsi import ScsiController
     from pyvmm.virtio.blk import VirtioBlk
     from pyvmm.virtio.device import VirtioDevice
 
@@ -75,6 +76,7 @@ class VM:
         self.remarks: list[str] = []  # what the user should know once it is started
         self._resources = ExitStack()
         self._devices: list[VirtioDevice] = []
+        self._scsi: ScsiController | None = None
         self._chardevs: list[Chardev] = []
         self._board: Board | None = None
         self._boot = 0  # how often the machine was powered on
@@ -150,6 +152,31 @@ class VM:
             if self._board is not None:
                 self._board.press_power_button()
 
+    def add_scsi_disk(self, **settings: Any) -> tuple[int, int]:
+        """Plugs a disk into the SCSI controller; returns its target and LUN.
+
+        The settings are the keys of ``--disk`` but `bus`. Raises UsageError, also for a machine
+        that has no SCSI controller or is not started.
+        """
+        from pyvmm.config import DiskConfig
+
+        return self._scsi_controller().add_disk(DiskConfig(**settings, bus="scsi"))
+
+    def remove_scsi_disk(self, target: int, lun: int) -> None:
+        """Takes a disk away from the guest; its image is free when this returns.
+
+        The guest should not use it any more: what it has not written is lost. UsageError when
+        there is no such disk.
+        """
+        self._scsi_controller().remove(target, lun)
+
+    def _scsi_controller(self) -> ScsiController:
+        if self._scsi is None:
+            raise UsageError(
+                "this machine has no SCSI controller: start it with scsi='queues=1' or a SCSI disk"
+            )
+        return self._scsi
+
     def console_tail(self) -> str:
         """The last output on ttyS0, or on hvc0 if there is none: at most 16 KiB."""
         buffer = ffi.new("uint8_t[]", lib.CONSOLE_TAIL_SIZE)
@@ -169,10 +196,12 @@ class VM:
         config = self.config
         self.serial = self._open_chardev(config.serial, "serial port ttyS0", stack)
         for disk in config.disks:
-            blk = _open_disk(disk, stack)
-            self._devices.append(blk)
-            if blk.engine_remark and blk.engine_remark not in self.remarks:
-                self.remarks.append(blk.engine_remark)
+            if disk.bus == "virtio":
+                blk = _open_disk(disk, stack)
+                self._devices.append(blk)
+                self._remark(blk.engine_remark)
+        if config.scsi is not None:
+            self._open_scsi(config.scsi, stack)
         if config.console.kind != "none":
             from pyvmm.virtio.console import VirtioConsole
 
@@ -182,6 +211,21 @@ class VM:
             from pyvmm.virtio.rng import VirtioRng
 
             self._devices.append(VirtioRng())
+
+    def _open_scsi(self, config: ScsiConfig, stack: ExitStack) -> None:
+        from pyvmm.machine.scsi import ScsiController
+
+        self._scsi = stack.enter_context(ScsiController(config))
+        stack.callback(setattr, self, "_scsi", None)
+        disks = [disk for disk in self.config.disks if disk.bus == "scsi"]
+        for disk, place in zip(disks, self.config.scsi_places(), strict=True):
+            self._scsi.add_disk(disk, place)
+        self._devices.append(self._scsi.device)
+        self._remark(self._scsi.device.engine_remark)
+
+    def _remark(self, remark: str) -> None:
+        if remark and remark not in self.remarks:
+            self.remarks.append(remark)
 
     def _open_chardev(self, config: ChardevConfig, name: str, stack: ExitStack) -> Chardev:
         from pyvmm.backends.chardev import open_chardev
