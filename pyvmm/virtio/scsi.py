@@ -192,12 +192,15 @@ class VirtioScsi(PythonDevice):
             self._inbox_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._features = activation.features
+            sizes = ffi.new(
+                "struct virtio_scsi_sizes *", (self._config.sense_size, self._config.cdb_size)
+            )
             for queue in activation.queues[FIRST_REQUEST_QUEUE:]:
                 if queue is None:
                     continue
                 native = lib.virtio_scsi_queue_create(
                     self._map[0],
-                    {"sense_size": self._config.sense_size, "cdb_size": self._config.cdb_size},
+                    sizes,
                     lib.BLK_ENGINE_IO_URING if self.engine == "io_uring" else lib.BLK_ENGINE_SYNC,
                     activation.memory,
                     queue.config,
