@@ -101,6 +101,7 @@ struct virtio_scsi_found virtio_scsi_find(const struct virtio_scsi_map *map,
     if (index == map->count || map->units[index].address >> 16 != lun[1])
         return found;
     found.place = VIRTIO_SCSI_NO_UNIT;
+    found.address |= 0xFFFF; /* for what is no number */
     if (lun[4] | lun[5] | lun[6] | lun[7])
         return found;
     if (lun[2] == 0xC1 && lun[3] == 0x01) { /* extended addressing (SAM-5, 4.7.5.5) */
@@ -111,7 +112,7 @@ struct virtio_scsi_found virtio_scsi_find(const struct virtio_scsi_map *map,
     if (lun[2] != 0 && lun[2] >> 6 != 1)
         return found;
     number = (uint32_t)(lun[2] & 0x3F) << 8 | lun[3];
-    found.address |= number;
+    found.address = (uint32_t)lun[1] << 16 | number;
     /* As a rule they are numbered without gaps. */
     if (number < map->count - index && map->units[index + number].address == found.address)
         index += number;

@@ -373,6 +373,9 @@ class VirtioScsi(PythonDevice):
 
     def _send_events(self) -> None:
         os.eventfd_read(self._inbox_fd)
+        queue = self.queues[EVENTS]
+        if queue is not None:
+            self._serve(queue)  # there may be buffers that we were notified of at the same time
         while self._inbox:
             event, (target, lun), reason = self._inbox.popleft()
             if not self._event_chains:
