@@ -13,6 +13,7 @@ from pyvmm.config import (
     ChardevConfig,
     DiskConfig,
     NetConfig,
+    ScsiConfig,
     VmConfig,
     from_command_line,
     load_toml,
@@ -69,7 +70,10 @@ def test_options_are_text_and_become_what_they_mean() -> None:
     )
 
 
-DISK_KEYS = "(known keys: path, readonly, snapshot, direct, cache, queues, queue_size, serial)"
+DISK_KEYS = (
+    "(known keys: path, readonly, snapshot, direct, cache, queues, queue_size, serial, "
+    "bus, target, lun)"
+)
 CHARDEVS = "give stdio, pty, file:PATH, unix:PATH or none"
 
 
@@ -298,10 +302,63 @@ def test_serial_leaves_stdio_to_the_console() -> None:
         ({"disks": ["a,readonly=on"]}, "console=ttyS0 root=/dev/vda ro"),
         ({"disks": ["a"], "append": "root=/dev/vda1 ro"}, "console=ttyS0 root=/dev/vda1 ro"),
         ({"disks": ["a"], "append": "quiet ro"}, "console=ttyS0 root=/dev/vda rw quiet ro"),
+        ({"disks": ["a,bus=scsi", "b"]}, "console=ttyS0 root=/dev/sda rw"),
+        ({"disks": ["a", "b,bus=scsi"]}, "console=ttyS0 root=/dev/vda rw"),
+        ({"disks": ["a,bus=scsi,lun=1", "b,bus=scsi"]}, "console=ttyS0"),
     ],
 )
 def test_command_line(options: dict[str, object], command_line: str) -> None:
     assert config(**options).command_line() == command_line
+
+
+class TestScsi:
+    def test_the_first_free_lun_by_default(self) -> None:
+        disks = [
+            "a,bus=scsi",
+            "b,bus=scsi,lun=1",
+            "c,bus=scsi",
+            "d",
+            "e,bus=scsi,target=3",
+            "f,bus=scsi,target=3,lun=300",
+            "g,bus=scsi,target=3",
+        ]
+        places = [(0, 0), (0, 1), (0, 2), (3, 0), (3, 300), (3, 1)]
+        assert config(disks=disks).scsi_places() == places
+
+    def test_a_controller_is_there_when_it_is_needed_or_asked_for(self) -> None:
+        assert config(disks=["a"]).scsi is None
+        assert config(disks=["a,bus=scsi"]).scsi == ScsiConfig()
+        asked = config(scsi="queues=4,queue_size=64")
+        assert asked.scsi == ScsiConfig(queues=4, queue_size=64)
+        assert VmConfig(**tomllib.loads(asked.to_toml())).scsi == asked.scsi
+
+    @pytest.mark.parametrize(
+        ("disks", "message"),
+        [
+            (
+                ["a,bus=scsi", "b,bus=scsi,lun=2", "c,bus=scsi,target=0,lun=2"],
+                "--disk=c: there is a disk at target 0, LUN 2 already: "
+                "give another lun, or none for the first that is free",
+            ),
+            (["a,lun=1"], "--disk: target and lun are places of SCSI disks: add bus=scsi"),
+            (
+                ["a,bus=scsi,queues=2"],
+                "--disk: all SCSI disks share the queues of their controller: "
+                "give --scsi queues=N,queue_size=N instead",
+            ),
+            (
+                ["a,bus=scsi,lun=16384"],
+                "--disk: lun=16384 is out of range: give a whole number from 0 to 16383",
+            ),
+            (
+                ["a,bus=scsi,target=256"],
+                "--disk: target=256 is out of range: give a whole number from 0 to 255",
+            ),
+            (["a,bus=ide"], "--disk: bus=ide is not one of the choices: give virtio or scsi"),
+        ],
+    )
+    def test_errors(self, disks: list[str], message: str) -> None:
+        assert error_of(disks=disks) == message
 
 
 def test_options_replace_what_the_file_says(tmp_path: Path) -> None:
