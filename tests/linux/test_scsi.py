@@ -53,7 +53,7 @@ def with_debian(guest: LinuxGuest, device: str = "/dev/vda") -> None:
 def test_hundreds_of_disks(boot: Boot, disk: MakeDisk) -> None:
     """Each is found with its serial number; a file system on the last one survives a reboot."""
     disks = [scsi(disk(f"{n}", 8 << 20), serial=f"serial{n:04}") for n in range(DISKS)]
-    guest = boot(memory=512 << 20, disks=[*disks, debian_disk()])
+    guest = boot(append="log_buf_len=8M", disks=[*disks, debian_disk()])
     wait_for(guest, f"[ $(ls -d /sys/block/sd* | wc -l) = {DISKS} ]")
     # Each LUN has the serial number of its disk.
     found = guest.check(
