@@ -1,26 +1,35 @@
-"""What is measured. Each benchmark yields the samples of one run of one monitor, by row name."""
+"""What is measured. Each case yields the samples of one run of one monitor, by row name."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from perf.guests import LINUX_KERNELS, Guests
-from perf.monitors import MEMORY_MIB, Guest, pyvmm_command, qemu_command
+from perf.monitors import MEMORY_MIB, Disk, Guest, Net, pyvmm_command, qemu_command
 from perf.process import GuestFailed, MonitorProcess
+from pyvmm.images import run_parameter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     Samples = dict[str, dict[str, list[float]]]
+    Targets = dict["Work", float | None]
 
 MONITORS = ("pyvmm", "QEMU")
 
 _GUEST_SECONDS = 120.0  # no guest here takes nearly as long, even in an emulated machine
-_READ_MS = 4000
+_WORK_MS = 3000
+_WARM_UP_MS = 300
 _ATTEMPTS = 3
+# What the words of a guest may take to get here, and the wait for datagrams that may still come.
+_ANSWER_SECONDS = 0.2
+_TAP = "pyvmm-bench"
 
 
 class Row(NamedTuple):
@@ -37,35 +46,95 @@ class Row(NamedTuple):
     absolute: bool = False
 
 
-class Reads(NamedTuple):
-    """A command of guest-images/bench/init.c."""
+class Work(NamedTuple):
+    """What a guest is told to do (a line for guest-images/bench/bench.c), and the rows of it.
 
-    pattern: str
-    size_kib: int
-    depth: int
+    ``scale`` makes the first row's value of a rate per second, or, if ``latency``, of the seconds
+    that one takes; ``per`` so many things is the second row's CPU time.
+    """
 
-    def __str__(self) -> str:
-        return f"{self.pattern} reads {self.size_kib} KiB, depth {self.depth}"
+    name: str
+    command: str
+    unit: str
+    scale: float
+    per: float
+    latency: bool = False
+
+    def rows(self, case: str, target: float | None) -> Iterator[Row]:
+        what = "GiB" if self.per == 1 << 30 else "million"
+        yield Row(case, f"{case} {self.name}", self.unit, target, not self.latency)
+        yield Row(case, f"{case} {self.name}, CPU", f"s per {what}", 1.0)
+
+    def values(self, count: int, seconds: float, cpu: float) -> Iterator[float]:
+        yield seconds / count * self.scale if self.latency else count / seconds * self.scale
+        yield cpu / count * self.per
 
 
-READS = {
-    Reads("random", 4, 1): 1.3,
-    Reads("random", 4, 32): 1.0,
-    Reads("sequential", 128, 8): 1.0,
+def _requests(pattern: str, operation: str, kib: int, depth: int) -> Work:
+    name = f"{pattern} {operation}s {kib} KiB, depth {depth}"
+    return Work(name, f"{operation} {pattern} {kib << 10} {depth}", "/s", 1, 1e6)
+
+
+_STREAM_UP = Work("TCP to the host", "stream-up", "MB/s", 1e-6, 1 << 30)
+_STREAM_DOWN = Work("TCP to the guest", "stream-down", "MB/s", 1e-6, 1 << 30)
+_ECHO = Work("TCP round trip of a byte", "echo", "us", 1e6, 1e6, latency=True)
+_DATAGRAMS = Work("UDP to the host, 64 bytes", "datagrams", "/s", 1, 1e6)
+
+# Each with its target.
+_ONE_BY_ONE: Targets = {
+    _requests("random", "read", 4, 1): 1.0,
+    _requests("random", "write", 4, 1): 1.0,
+}
+_MANY: Targets = {
+    _requests("random", "read", 4, 32): 1.1,
+    _requests("random", "write", 4, 32): 1.1,
+    _requests("sequential", "read", 128, 8): 1.0,
+    _requests("sequential", "write", 128, 8): 1.0,
+}
+_ON_TAP: Targets = {_STREAM_UP: 1.1, _STREAM_DOWN: 1.1, _ECHO: 0.9, _DATAGRAMS: None}
+_ON_USER: Targets = {_STREAM_UP: 1.0, _STREAM_DOWN: 1.0, _ECHO: 1.0, _DATAGRAMS: 1.0}
+
+
+class DiskCase(NamedTuple):
+    bus: str
+    queues: int
+    work: Targets
+
+
+class NetCase(NamedTuple):
+    tap: bool
+    vhost: bool
+    work: Targets
+
+
+DISK_CASES = {
+    "io:blk": DiskCase("blk", 1, _ONE_BY_ONE | _MANY),
+    "io:scsi": DiskCase("scsi", 1, _ONE_BY_ONE | _MANY),
+    "io:blk-2q": DiskCase("blk", 2, _MANY),
+    "io:scsi-2q": DiskCase("scsi", 2, _MANY),
+}
+NET_CASES = {
+    "net:tap": NetCase(tap=True, vhost=False, work=_ON_TAP),
+    "net:vhost": NetCase(tap=True, vhost=True, work=_ON_TAP),
+    "net:user": NetCase(tap=False, vhost=False, work=_ON_USER),
 }
 
-ROWS = (
-    Row("start", "exec to exit, small vmlinux", "s", 0.9),
-    Row("start", "exec to exit, Debian's bzImage", "s", 0.8),
-    Row("first-byte", "exec to the guest's first byte", "ms", 0.7),
-    Row("memory", "memory beyond the guest's", "MiB", 40, absolute=True),
-    *(Row("io", f"{reads}", "/s", target, True) for reads, target in READS.items()),
-    *(Row("io", f"CPU for a million {reads}", "s") for reads in READS),
-)
+
+def _rows() -> Iterator[Row]:
+    yield Row("start", "exec to exit, small vmlinux", "s", 0.9)
+    yield Row("start", "exec to exit, Debian's bzImage", "s", 0.8)
+    yield Row("first-byte", "exec to the guest's first byte", "ms", 0.7)
+    yield Row("memory", "memory beyond the guest's", "MiB", 40, absolute=True)
+    for name, case in (DISK_CASES | NET_CASES).items():
+        for work, target in case.work.items():
+            yield from work.rows(name, target)
+
+
+ROWS = tuple(_rows())
 
 
 class Bench:
-    """Runs benchmarks with one pyvmm (``program``) and one QEMU; both see ``environment``."""
+    """Runs cases with one pyvmm (``program``) and one QEMU; both see ``environment``."""
 
     def __init__(self, program: Path, guests: Guests, environment: Mapping[str, str]) -> None:
         self._program = program
@@ -75,9 +144,10 @@ class Bench:
 
     def run(self, names: list[str], rounds: int, samples: Samples) -> Iterator[None]:
         """Adds to ``samples[row][monitor]``, and stops after each round. The monitors take turns,
-        and in each round the other begins; a first round, which fills caches, does not count."""
+        and in each round the other begins. A guest that works warms up by itself; where only its
+        start counts, a first round, which fills caches, does not."""
         for name in names:
-            for number in range(rounds + 1):
+            for number in range(0 if name in _COLD else 1, rounds + 1):
                 print(f"{name}: round {number} of {rounds}", file=sys.stderr, flush=True)
                 for monitor in MONITORS if number % 2 else reversed(MONITORS):
                     values = self._attempt(name, monitor)
@@ -88,10 +158,10 @@ class Bench:
     def _attempt(self, name: str, monitor: str) -> dict[str, float]:
         """One run. A guest that fails is run again, and after the third time left out; the report
         tells of each."""
-        benchmark = _BENCHMARKS[name]
+        case = CASES[name]
         for _ in range(_ATTEMPTS):
             try:
-                return dict(benchmark(self, monitor))
+                return dict(case(self, monitor))
             except GuestFailed as failure:
                 self.failures.append(f"{name}: {monitor} {failure}")
                 print(self.failures[-1], file=sys.stderr, flush=True)
@@ -102,60 +172,117 @@ class Bench:
         command = pyvmm_command(self._program, guest) if ours else qemu_command(guest)
         return MonitorProcess(command, self._environment)
 
-    def _power_off_at_once(self, monitor: str) -> Iterator[tuple[str, float]]:
-        for name, title in LINUX_KERNELS.items():
-            guest = Guest(self._guests.kernels[name], self._guests.initrd, "quiet")
-            with self._start(monitor, guest) as process:
+    @contextlib.contextmanager
+    def _serve(self, monitor: str, guest: Guest) -> Iterator[MonitorProcess]:
+        with self._start(monitor, guest) as process:
+            process.expect("ready", _GUEST_SECONDS)
+            yield process
+
+    def power_off_at_once(self, monitor: str) -> Iterator[tuple[str, float]]:
+        initrd = self._guests.small.initrd
+        kernels = (self._guests.small.vmlinux, self._guests.bzimage)
+        for title, kernel in zip(LINUX_KERNELS.values(), kernels, strict=True):
+            with self._start(monitor, Guest(kernel, initrd, "quiet")) as process:
                 yield f"exec to exit, {title}", process.wait(_GUEST_SECONDS)
 
-    def _first_byte(self, monitor: str) -> Iterator[tuple[str, float]]:
+    def first_byte(self, monitor: str) -> Iterator[tuple[str, float]]:
         with self._start(monitor, Guest(self._guests.micro, linux=False)) as process:
             milliseconds = process.first_byte(_GUEST_SECONDS) * 1000
             yield "exec to the guest's first byte", milliseconds
 
-    def _memory(self, monitor: str) -> Iterator[tuple[str, float]]:
-        with self._serve(monitor) as process:
-            _read(process, Reads("random", 4, 32), 500)
+    def memory(self, monitor: str) -> Iterator[tuple[str, float]]:
+        with self._serve(monitor, self._disk_guest(DISK_CASES["io:blk"])) as process:
+            _work(process, "disk /dev/vda read random 4096 32 1", 500)
             yield "memory beyond the guest's", process.own_memory(MEMORY_MIB << 20) / (1 << 20)
 
-    def _io(self, monitor: str) -> Iterator[tuple[str, float]]:
-        with self._serve(monitor) as process:
-            for reads in READS:
-                before = process.cpu_seconds()
-                count, seconds = _read(process, reads, _READ_MS)
-                cpu = process.cpu_seconds() - before
-                yield f"{reads}", count / seconds
-                yield f"CPU for a million {reads}", cpu / count * 1e6
+    def disk(self, monitor: str, name: str) -> Iterator[tuple[str, float]]:
+        case = DISK_CASES[name]
+        device = "/dev/sda" if case.bus == "scsi" else "/dev/vda"
+        with self._serve(monitor, self._disk_guest(case)) as process:
+            for work in case.work:
+                command = f"disk {device} {work.command} {case.queues}"
+                yield from _measure(process, name, work, command)
 
-    def _serve(self, monitor: str) -> MonitorProcess:
-        guest = Guest(
-            self._guests.kernels["minimal"],
-            self._guests.initrd,
-            "quiet -- serve",
-            self._guests.disk,
-        )
-        process = self._start(monitor, guest)
-        process.expect("ready", _GUEST_SECONDS)
-        return process
+    def _disk_guest(self, case: DiskCase) -> Guest:
+        disk = Disk(self._guests.disk, case.bus, case.queues)
+        kernel, initrd = self._guests.stock if case.bus == "scsi" else self._guests.small
+        append = _stock_append("") if case.bus == "scsi" else "quiet -- serve"
+        return Guest(kernel, initrd, append, disk, cpus=case.queues)
+
+    def network(self, monitor: str, name: str) -> Iterator[tuple[str, float]]:
+        case = NET_CASES[name]
+        _ip("link set lo up")  # which it is not in a new network namespace
+        with contextlib.ExitStack() as stack:
+            if case.tap:
+                own, host = "10.77.0.2", "10.77.0.1"
+                stack.enter_context(_tap(f"{host}/24"))
+            else:
+                own, host = "10.0.2.15", "10.0.2.2"
+            address = host if case.tap else "127.0.0.1"
+            command = [str(self._guests.program), "peer", address]
+            peer = stack.enter_context(MonitorProcess(command, self._environment))
+            port = peer.expect("port", _GUEST_SECONDS)
+            set_up = f"ip address add {own}/24 dev eth0; ip link set eth0 up; "
+            net = Net(_TAP if case.tap else None, case.vhost)
+            guest = Guest(*self._guests.stock, _stock_append(set_up), net=net)
+            process = stack.enter_context(self._serve(monitor, guest))
+            for work in case.work:
+                yield from _measure(process, name, work, f"{work.command} {host} {port}")
 
 
-def _read(process: MonitorProcess, reads: Reads, milliseconds: int) -> tuple[int, float]:
-    """How many reads the guest did, and in how many seconds by this process's clock."""
-    process.send(f"read {reads.pattern} {reads.size_kib << 10} {reads.depth} {milliseconds}")
+def _stock_append(script: str) -> str:
+    return f"quiet {run_parameter(f'{script}exec bench serve')}"
+
+
+@contextlib.contextmanager
+def _tap(address: str) -> Iterator[None]:
+    """A new tap interface of the name `_TAP`: what one monitor left of it is not the other's."""
+    try:
+        _ip(f"tuntap add dev {_TAP} mode tap")
+        _ip(f"address add {address} dev {_TAP}")
+        _ip(f"link set {_TAP} up")
+        yield
+    finally:
+        _ip(f"tuntap del dev {_TAP} mode tap")
+
+
+def _ip(arguments: str) -> None:
+    subprocess.run(["ip", *arguments.split()], check=True)
+
+
+def _measure(
+    process: MonitorProcess, case: str, work: Work, command: str
+) -> Iterator[tuple[str, float]]:
+    _work(process, command, _WARM_UP_MS)
+    before = process.cpu_seconds()
+    count, seconds = _work(process, command, _WORK_MS)
+    cpu = process.cpu_seconds() - before
+    if not count:
+        raise GuestFailed(f"did nothing in {seconds:.2f} s when told: {command}")
+    rows = (row.name for row in work.rows(case, None))
+    yield from zip(rows, work.values(count, seconds, cpu), strict=True)
+
+
+def _work(process: MonitorProcess, command: str, milliseconds: int) -> tuple[int, float]:
+    """How much the guest did, and in how many seconds by its clock."""
+    process.send(f"{command} {milliseconds}")
     process.expect("start", _GUEST_SECONDS)
     start = time.perf_counter()
-    count, microseconds = process.expect("done", _GUEST_SECONDS).split()
+    count, microseconds = map(int, process.expect("done", _GUEST_SECONDS).split())
     seconds = time.perf_counter() - start
     # What a guest says is believed if its clock agrees with the host's.
-    if not 0.9 < int(microseconds) / 1e6 / seconds < 1.1:
+    slack = 0.05 * milliseconds / 1000 + _ANSWER_SECONDS
+    if abs(microseconds / 1e6 - seconds) > slack:
         raise GuestFailed(f"measured {microseconds} us where this process saw {seconds:.2f} s")
     process.expect("ready", _GUEST_SECONDS)
-    return int(count), int(microseconds) / 1e6
+    return count, microseconds / 1e6
 
 
-_BENCHMARKS: dict[str, Callable[[Bench, str], Iterator[tuple[str, float]]]] = {
-    "start": Bench._power_off_at_once,
-    "first-byte": Bench._first_byte,
-    "memory": Bench._memory,
-    "io": Bench._io,
+CASES: dict[str, Callable[[Bench, str], Iterator[tuple[str, float]]]] = {
+    "start": Bench.power_off_at_once,
+    "first-byte": Bench.first_byte,
+    "memory": Bench.memory,
+    **{name: functools.partial(Bench.disk, name=name) for name in DISK_CASES},
+    **{name: functools.partial(Bench.network, name=name) for name in NET_CASES},
 }
+_COLD = ("start", "first-byte")

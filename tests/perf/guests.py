@@ -18,17 +18,26 @@ _DISK_SIZE = 256 << 20
 
 # Image of 'pyvmm images' whose kernel is booted: what the table calls it.
 LINUX_KERNELS = {"minimal": "small vmlinux", "tiny": "Debian's bzImage"}
-# Unpacked for both monitors, as QEMU then starts it faster, too.
-_UNPACKED = "minimal"
+
+
+class Kernel(NamedTuple):
+    """A vmlinux, unpacked for both monitors, as QEMU then starts it faster, too; and an initramfs
+    with the program of guest-images/bench."""
+
+    vmlinux: Path
+    initrd: Path
 
 
 class Guests(NamedTuple):
-    """Files of the guests; ``kernels`` are those of the images in `LINUX_KERNELS`."""
+    """Files of the guests. The ``small`` kernel has the program as its init, the ``stock`` one of
+    Debian, which has drivers for everything, as /bin/bench; ``program`` itself is for the host."""
 
-    kernels: dict[str, Path]
-    initrd: Path
+    small: Kernel
+    stock: Kernel
+    bzimage: Path
     disk: Path
     micro: Path
+    program: Path
 
 
 def prepare(directory: Path, *, linux: bool) -> Guests:
@@ -37,26 +46,37 @@ def prepare(directory: Path, *, linux: bool) -> Guests:
     On a tmpfs both monitors read and write memory, and none waits for the host's disk.
     """
     guests = Guests(
-        kernels={name: directory / f"kernel-{name}" for name in LINUX_KERNELS},
-        initrd=directory / "initrd",
+        small=Kernel(directory / "small", directory / "small-initrd"),
+        stock=Kernel(directory / "stock", directory / "stock-initrd"),
+        bzimage=directory / "bzimage",
         disk=directory / "disk.img",
         micro=directory / "first_byte.elf",
+        program=directory / "bench",
     )
     _build_micro(guests.micro)
     if linux:
-        for name, path in guests.kernels.items():
-            kernel = images.path(name).kernel
-            if name == _UNPACKED:
-                path.write_bytes(_vmlinux(kernel))
-            else:
-                shutil.copyfile(kernel, path)
-        guests.initrd.write_bytes(_initramfs(directory / "init"))
+        small, stock = (images.path(name) for name in LINUX_KERNELS)
+        guests.small.vmlinux.write_bytes(_vmlinux(small.kernel))
+        guests.stock.vmlinux.write_bytes(_vmlinux(stock.kernel))
+        shutil.copyfile(stock.kernel, guests.bzimage)
+        build_program(guests.program)
+        program = guests.program.read_bytes()
+        guests.small.initrd.write_bytes(_archive("init", program))
+        # An initramfs may be several archives, one after the other.
+        guests.stock.initrd.write_bytes(stock.initrd.read_bytes() + _archive("bin/bench", program))
         # Not zeroes: every page of the file is there.
         block = bytes(range(256)) * 4096
         with guests.disk.open("wb") as disk:
             for _ in range(_DISK_SIZE // len(block)):
                 disk.write(block)
     return guests
+
+
+def build_program(path: Path) -> None:
+    """The program of guest-images/bench, static, so that it runs in every guest."""
+    source = _SOURCES / "bench" / "bench.c"
+    command = ["gcc", "-O2", "-Wall", "-Werror", "-static", "-s", "-pthread"]
+    subprocess.run([*command, "-o", path, source], check=True)
 
 
 def _vmlinux(kernel: Path) -> bytes:
@@ -72,10 +92,9 @@ def _build_micro(program: Path) -> None:
     subprocess.run(["gcc", "-nostdlib", "-static", options, "-o", program, source], check=True)
 
 
-def _initramfs(program: Path) -> bytes:
-    source = _SOURCES / "bench" / "init.c"
-    subprocess.run(["gcc", "-O2", "-static", "-s", "-o", program, source], check=True)
+def _archive(name: str, program: bytes) -> bytes:
     archive = cpio.Archive()
     archive.directory("dev")
-    archive.file("init", program.read_bytes(), 0o755)
+    archive.directory("sys")
+    archive.file(name, program, 0o755)
     return archive.to_bytes()

@@ -8,25 +8,53 @@ from typing import NamedTuple
 MEMORY_MIB = 256
 
 
+class Disk(NamedTuple):
+    """A raw image as a virtio-blk device, or behind virtio-scsi if ``bus`` is "scsi"."""
+
+    image: Path
+    bus: str = "blk"
+    queues: int = 1
+
+
+class Net(NamedTuple):
+    """A virtio-net device on the tap interface ``tap``, or without one on user networking."""
+
+    tap: str | None = None
+    vhost: bool = False
+
+
 class Guest(NamedTuple):
     """What is booted. ``linux`` is False for a micro-guest, which has no use for ACPI tables."""
 
     kernel: Path
     initrd: Path | None = None
     append: str = ""
-    disk: Path | None = None
+    disk: Disk | None = None
+    net: Net | None = None
+    cpus: int = 1
     linux: bool = True
 
 
 def pyvmm_command(program: Path, guest: Guest) -> list[str]:
     command = [str(program), "run", "--accel", "kvm", "--memory", f"{MEMORY_MIB}M"]
     command += ["--kernel", str(guest.kernel)]
+    if guest.cpus > 1:
+        command += ["--cpus", str(guest.cpus)]
     if guest.initrd:
         command += ["--initrd", str(guest.initrd)]
     if guest.append:
         command += ["--append", guest.append]
     if guest.disk:
-        command += ["--disk", f"{guest.disk},direct=on"]
+        image, bus, queues = guest.disk
+        command += ["--disk", f"{image},direct=on"]
+        if bus == "scsi":
+            command[-1] += ",bus=scsi"
+            command += ["--scsi", f"queues={queues}"]
+        else:
+            command[-1] += f",queues={queues}"
+    if guest.net:
+        tap, vhost = guest.net
+        command += ["--net", f"tap={tap}{',vhost=on' if vhost else ''}" if tap else "user"]
     return command
 
 
@@ -46,6 +74,7 @@ def qemu_command(guest: Guest) -> list[str]:
     command = ["qemu-system-x86_64", "-M", ",".join(machine)]
     # kvm_pvm refuses to have IA32_ARCH_CAPABILITIES set, and a guest does not miss it.
     command += ["-accel", "kvm", "-cpu", "host,-arch-capabilities", "-m", f"{MEMORY_MIB}M"]
+    command += ["-smp", str(guest.cpus)]
     # No device but those named here, and no configuration file.
     command += ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]
     command += ["-kernel", str(guest.kernel)]
@@ -53,13 +82,22 @@ def qemu_command(guest: Guest) -> list[str]:
         command += ["-initrd", str(guest.initrd)]
     if guest.linux:
         command += ["-append", f"console=ttyS0 {guest.append}".strip()]
+    # The virtio of today (1.0) instead of microvm's legacy one.
+    command += ["-global", "virtio-mmio.force-legacy=off"]
     if guest.disk:
-        # The fastest way to a file: io_uring in a thread of its own, past the page cache; the
-        # virtio of today (1.0) instead of microvm's legacy one.
-        command += ["-object", "iothread,id=io", "-global", "virtio-mmio.force-legacy=off"]
-        command += [
-            "-drive",
-            f"if=none,id=disk,format=raw,cache=none,aio=io_uring,file={guest.disk}",
-        ]
-        command += ["-device", "virtio-blk-device,drive=disk,iothread=io"]
+        image, bus, queues = guest.disk
+        # The fastest way to a file: io_uring in a thread of its own, past the page cache.
+        command += ["-object", "iothread,id=io"]
+        command += ["-drive", f"if=none,id=disk,format=raw,cache=none,aio=io_uring,file={image}"]
+        if bus == "scsi":
+            command += ["-device", f"virtio-scsi-device,id=scsi,iothread=io,num_queues={queues}"]
+            command += ["-device", "scsi-hd,bus=scsi.0,drive=disk"]
+        else:
+            device = f"virtio-blk-device,drive=disk,iothread=io,num-queues={queues}"
+            command += ["-device", device]
+    if guest.net:
+        tap, vhost = guest.net
+        script = f"script=no,downscript=no,vhost={'on' if vhost else 'off'}"
+        command += ["-netdev", f"tap,id=net,ifname={tap},{script}" if tap else "user,id=net"]
+        command += ["-device", "virtio-net-device,netdev=net"]
     return command

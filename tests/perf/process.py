@@ -85,9 +85,10 @@ class MonitorProcess:
         return seconds
 
     def cpu_seconds(self) -> float:
-        """What the process has used of CPUs, its guest included."""
-        fields = self._proc("stat").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS
+        """What the process has used of CPUs, without the time in which its guest's code ran."""
+        fields = self._proc("stat").rpartition(")")[2].split()  # from field 3 of proc(5) on
+        user, system, guest = (int(fields[number - 3]) for number in (14, 15, 43))
+        return (user + system - guest) / _TICKS
 
     def own_memory(self, guest_memory: int) -> int:
         """Bytes that are resident in all mappings but that of the guest's memory."""
