@@ -192,7 +192,7 @@ class Bench:
 
     def memory(self, monitor: str) -> Iterator[tuple[str, float]]:
         with self._serve(monitor, self._disk_guest(DISK_CASES["io:blk"])) as process:
-            _work(process, "disk /dev/vda read random 4096 32 1", 500)
+            _work(process, "disk /dev/vda read random 4096 32 1", 500, counts=False)
             yield "memory beyond the guest's", process.own_memory(MEMORY_MIB << 20) / (1 << 20)
 
     def disk(self, monitor: str, name: str) -> Iterator[tuple[str, float]]:
@@ -253,7 +253,7 @@ def _ip(arguments: str) -> None:
 def _measure(
     process: MonitorProcess, case: str, work: Work, command: str
 ) -> Iterator[tuple[str, float]]:
-    _work(process, command, _WARM_UP_MS)
+    _work(process, command, _WARM_UP_MS, counts=False)
     before = process.cpu_seconds()
     count, seconds = _work(process, command, _WORK_MS)
     cpu = process.cpu_seconds() - before
@@ -263,7 +263,9 @@ def _measure(
     yield from zip(rows, work.values(count, seconds, cpu), strict=True)
 
 
-def _work(process: MonitorProcess, command: str, milliseconds: int) -> tuple[int, float]:
+def _work(
+    process: MonitorProcess, command: str, milliseconds: int, *, counts: bool = True
+) -> tuple[int, float]:
     """How much the guest did, and in how many seconds by its clock."""
     process.send(f"{command} {milliseconds}")
     process.expect("start", _GUEST_SECONDS)
@@ -272,7 +274,7 @@ def _work(process: MonitorProcess, command: str, milliseconds: int) -> tuple[int
     seconds = time.perf_counter() - start
     # What a guest says is believed if its clock agrees with the host's.
     slack = 0.05 * milliseconds / 1000 + _ANSWER_SECONDS
-    if abs(microseconds / 1e6 - seconds) > slack:
+    if counts and abs(microseconds / 1e6 - seconds) > slack:
         raise GuestFailed(f"measured {microseconds} us where this process saw {seconds:.2f} s")
     process.expect("ready", _GUEST_SECONDS)
     return count, microseconds / 1e6

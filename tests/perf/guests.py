@@ -53,7 +53,7 @@ def prepare(directory: Path, *, linux: bool) -> Guests:
         micro=directory / "first_byte.elf",
         program=directory / "bench",
     )
-    _build_micro(guests.micro)
+    build_micro(guests.micro)
     if linux:
         small, stock = (images.path(name) for name in LINUX_KERNELS)
         guests.small.vmlinux.write_bytes(_vmlinux(small.kernel))
@@ -86,7 +86,7 @@ def _vmlinux(kernel: Path) -> bytes:
     return unpack(bytearray(payload), str(kernel))[:]
 
 
-def _build_micro(program: Path) -> None:
+def build_micro(program: Path) -> None:
     options = "-Wl,-Ttext=0x1000000,--build-id=none,-z,noexecstack"
     source = _SOURCES / "micro" / "first_byte.S"
     subprocess.run(["gcc", "-nostdlib", "-static", options, "-o", program, source], check=True)
