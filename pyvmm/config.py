@@ -33,15 +33,30 @@ from pyvmm.schema import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
-    from typing import Self
+    from typing import Any, Self
 
 _HUGE_PAGE = 2 * MIB
 
 
-class DiskConfig(Record, implied="path"):
-    """One disk on a raw image or a block device, a virtio-blk device or behind virtio-scsi."""
+# Those that qemu-nbd writes as well as it reads, and raw.
+_FORMATS = ("raw", "qcow2", "vmdk", "vhdx", "vpc", "vdi", "qed", "parallels")
+_NBD_SCHEMES = ("nbd://", "nbds://", "nbd+unix://", "nbds+unix://")
 
-    path: str = setting(Path(), help="a raw image file or block device")
+
+class DiskConfig(Record, implied="path"):
+    """One disk on an image, a block device or an NBD server, by virtio-blk or virtio-scsi."""
+
+    path: str | None = setting(Path(), default=None, help="an image file or block device")
+    nbd: str | None = setting(
+        Text("URI"),
+        default=None,
+        help="an NBD server instead: nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH",
+    )
+    format: str | None = setting(
+        Choice(*_FORMATS),
+        default=None,
+        help="of the image; without it raw, unless it certainly is another",
+    )
     readonly: bool = setting(Boolean(), default=False, help="let the guest only read")
     snapshot: bool = setting(
         Boolean(), default=False, help="throw the guest's writes away; the image can be shared"
@@ -73,6 +88,10 @@ class DiskConfig(Record, implied="path"):
 
     def complete(self, source: Source) -> None:
         place = f"{source.place}: " if source.place else ""
+        if (self.path is None) == (self.nbd is None):
+            raise UsageError(f"{place}a disk needs either path=PATH or nbd=URI")
+        if self.nbd is not None:
+            self._check_nbd(place)
         if self.bus == "virtio" and (self.target, self.lun) != (None, None):
             raise UsageError(f"{place}target and lun are places of SCSI disks: add bus=scsi")
         if self.bus == "scsi" and (self.queues, self.queue_size) != (1, 256):
@@ -85,6 +104,28 @@ class DiskConfig(Record, implied="path"):
                 f"{place}readonly=on and snapshot=on contradict each other: "
                 "readonly=on if the guest must not write, snapshot=on if its writes are thrown away"
             )
+
+    def _check_nbd(self, place: str) -> None:
+        if not str(self.nbd).startswith(_NBD_SCHEMES):
+            raise UsageError(
+                f"{place}nbd={self.nbd} is no URI of NBD: give nbd://HOST:PORT/EXPORT or "
+                "nbd+unix:///EXPORT?socket=PATH (a comma in it is written twice)"
+            )
+        for key in ("format", "direct"):
+            if getattr(self, key):
+                raise UsageError(
+                    f"{place}{key} is for images and devices, not for nbd: that is the server's"
+                )
+
+    @property
+    def location(self) -> str:
+        """The path or URI of what it is on."""
+        return str(self.path if self.nbd is None else self.nbd)
+
+    def backend(self) -> dict[str, Any]:
+        """The arguments of `backends.storage.open_disk`."""
+        names = ("path", "nbd", "format", "readonly", "direct", "snapshot")
+        return {name: getattr(self, name) for name in names} | {"threads": self.queues}
 
     @property
     def shares(self) -> bool:
@@ -419,10 +460,10 @@ class VmConfig(Record):
         """Two disks on one image would corrupt it; two that only read are fine."""
         seen: dict[str, DiskConfig] = {}
         for disk in self.disks:
-            other = seen.setdefault(os.path.abspath(disk.path), disk)
+            other = seen.setdefault(disk.nbd or os.path.abspath(disk.location), disk)
             if other is not disk and not (disk.shares and other.shares):
                 raise UsageError(
-                    f"{name}={disk.path} is given twice: both must have readonly=on "
+                    f"{name}={disk.location} is given twice: both must have readonly=on "
                     "or snapshot=on for the guest to see it as two disks"
                 )
 

@@ -13,6 +13,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+#include "blk_remote.h"
 #include "blk_step.h"
 
 /* Of linux/blkdev.h since 6.12; older headers lack it, older kernels answer -EOPNOTSUPP. */
@@ -20,13 +21,18 @@
 #define BLOCK_URING_CMD_DISCARD _IO(0x12, 0)
 #endif
 
+#define OWN_WATCHES 1u /* links_fd */
+#define ALL_WATCHES (BLK_IO_MAX_WATCHES + OWN_WATCHES)
+
 struct blk_io {
     enum blk_engine engine;
     uint32_t in_flight;
     struct io_uring ring; /* BLK_ENGINE_IO_URING */
     int epoll_fd;         /* BLK_ENGINE_SYNC */
     uint32_t watches;
-    int watched[BLK_IO_MAX_WATCHES];
+    int watched[ALL_WATCHES];
+    struct blk_link *links; /* to the servers of images */
+    int links_fd;           /* epoll: what they wait for; -1 until there is one */
 };
 
 bool blk_image_in_memory(int fd)
@@ -84,19 +90,19 @@ static int64_t sync_do(const struct blk_step *step)
 
 static int sync_wait(struct blk_io *io)
 {
-    struct epoll_event events[BLK_IO_MAX_WATCHES];
+    struct epoll_event events[ALL_WATCHES];
 
-    if (epoll_wait(io->epoll_fd, events, BLK_IO_MAX_WATCHES, -1) < 0 && errno != EINTR)
+    if (epoll_wait(io->epoll_fd, events, ALL_WATCHES, -1) < 0 && errno != EINTR)
         return -errno;
     return 0;
 }
 
-static int sync_watch(struct blk_io *io, int eventfd)
+static int sync_watch(struct blk_io *io, int fd)
 {
-    /* Edge-triggered, so that nobody has to read the eventfd. */
+    /* Edge-triggered, so that nobody has to read an eventfd. */
     struct epoll_event event = {.events = EPOLLIN | EPOLLET};
 
-    return epoll_ctl(io->epoll_fd, EPOLL_CTL_ADD, eventfd, &event) < 0 ? -errno : 0;
+    return epoll_ctl(io->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
 }
 
 /* --- io_uring ----------------------------------------------------------------------------- */
@@ -154,16 +160,26 @@ static void uring_do(struct blk_io *io, struct blk_request *request, const struc
     io_uring_sqe_set_data(sqe, request);
 }
 
-/* Does steps until one is under way in the kernel, or the request is done. */
+static bool remote_do(struct blk_io *io, struct blk_request *request, const struct blk_step *step,
+                      int64_t *result);
+
+/* Does steps until one is under way, or the request is done. */
 static void go_on(struct blk_io *io, struct blk_request *request, enum blk_next next,
                   struct blk_step *step, int error)
 {
     while (next == BLK_STEP) {
-        if (io->engine == BLK_ENGINE_IO_URING && !step->image->in_memory) {
+        int64_t result;
+
+        if (step->image->remote) {
+            if (!remote_do(io, request, step, &result))
+                return;
+        } else if (io->engine == BLK_ENGINE_IO_URING && !step->image->in_memory) {
             uring_do(io, request, step);
             return;
+        } else {
+            result = sync_do(step);
         }
-        next = blk_step_next(request, sync_do(step), step, &error);
+        next = blk_step_next(request, result, step, &error);
     }
     finish(io, request, error);
 }
@@ -215,6 +231,99 @@ static int uring_wait(struct blk_io *io, bool block)
     return 0;
 }
 
+/* Makes either engine's wait end when `fd` becomes readable. 0 or -errno. */
+static int add_watch(struct blk_io *io, int fd)
+{
+    int result = 0;
+
+    if (io->engine == BLK_ENGINE_SYNC)
+        result = sync_watch(io, fd);
+    if (result < 0)
+        return result;
+    io->watched[io->watches++] = fd;
+    if (io->engine == BLK_ENGINE_IO_URING)
+        arm_watch(io, io->watches - 1);
+    return 0;
+}
+
+/* --- images that others serve --------------------------------------------------------------- */
+
+static void remote_done(struct blk_io *io, struct blk_request *request, int64_t result)
+{
+    struct blk_step step;
+    int error = 0;
+    enum blk_next next = blk_step_next(request, result, &step, &error);
+
+    go_on(io, request, next, &step, error);
+}
+
+static int open_links(struct blk_io *io)
+{
+    int fd;
+
+    if (io->links_fd >= 0)
+        return 0;
+    fd = epoll_create1(EPOLL_CLOEXEC);
+    if (fd < 0 || add_watch(io, fd) < 0) {
+        if (fd >= 0)
+            close(fd);
+        return -1;
+    }
+    io->links_fd = fd;
+    return 0;
+}
+
+static struct blk_link *attach(struct blk_io *io, struct blk_remote *remote)
+{
+    struct blk_link *link;
+
+    if (open_links(io) < 0)
+        return NULL;
+    link = remote->attach(remote, io->links_fd);
+    if (!link)
+        return NULL;
+    link->remote = remote;
+    link->io = io;
+    link->done = remote_done;
+    link->next = io->links;
+    io->links = link;
+    return link;
+}
+
+/* True if the step is done already. */
+static bool remote_do(struct blk_io *io, struct blk_request *request, const struct blk_step *step,
+                      int64_t *result)
+{
+    struct blk_remote *remote = step->image->remote;
+    struct blk_link *link = io->links;
+
+    while (link && link->remote != remote)
+        link = link->next;
+    if (!link)
+        link = attach(io, remote);
+    if (link)
+        return remote->start(link, request, step, result);
+    *result = -EIO;
+    return true;
+}
+
+/* Whether a link has something to do at once. */
+static bool links_ready(const struct blk_io *io)
+{
+    for (const struct blk_link *link = io->links; link; link = link->next)
+        if (link->ready)
+            return true;
+    return false;
+}
+
+static void service_links(struct blk_io *io)
+{
+    for (struct blk_link *link = io->links; link; link = link->next)
+        link->remote->service(link);
+}
+
+/* --- create, destroy, wait ------------------------------------------------------------------ */
+
 /* Creates a ring with the best flags that this kernel has: completions are only processed when we
  * wait for them (6.1), or at least without interrupting us (5.19). */
 static int init_ring(struct io_uring *ring, uint32_t entries)
@@ -248,8 +357,6 @@ int blk_io_uring_check(void)
     return result;
 }
 
-/* --- both --------------------------------------------------------------------------------- */
-
 static int open_engine(struct blk_io *io, uint32_t depth)
 {
     int result;
@@ -258,7 +365,7 @@ static int open_engine(struct blk_io *io, uint32_t depth)
         io->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
         return io->epoll_fd < 0 ? -errno : 0;
     }
-    result = init_ring(&io->ring, depth + BLK_IO_MAX_WATCHES);
+    result = init_ring(&io->ring, depth + ALL_WATCHES);
     if (result < 0)
         return result;
     /* Images are not registered with the ring: the kernel takes rings apart some time after their
@@ -275,6 +382,7 @@ struct blk_io *blk_io_create(enum blk_engine engine, uint32_t depth)
     if (!io)
         return NULL;
     io->engine = engine;
+    io->links_fd = -1;
     result = open_engine(io, depth);
     if (result < 0) {
         free(io);
@@ -286,8 +394,16 @@ struct blk_io *blk_io_create(enum blk_engine engine, uint32_t depth)
 
 void blk_io_destroy(struct blk_io *io)
 {
+    struct blk_link *link;
+
     if (!io)
         return;
+    while ((link = io->links)) {
+        io->links = link->next;
+        link->remote->detach(link);
+    }
+    if (io->links_fd >= 0)
+        close(io->links_fd);
     if (io->engine == BLK_ENGINE_SYNC)
         close(io->epoll_fd);
     else
@@ -297,13 +413,9 @@ void blk_io_destroy(struct blk_io *io)
 
 int blk_io_watch(struct blk_io *io, int eventfd)
 {
-    if (io->watches == BLK_IO_MAX_WATCHES)
-        return -ENOSPC;
-    io->watched[io->watches++] = eventfd;
-    if (io->engine == BLK_ENGINE_SYNC)
-        return sync_watch(io, eventfd);
-    arm_watch(io, io->watches - 1);
-    return 0;
+    uint32_t own = io->links_fd >= 0;
+
+    return io->watches - own == BLK_IO_MAX_WATCHES ? -ENOSPC : add_watch(io, eventfd);
 }
 
 void blk_io_submit(struct blk_io *io, struct blk_request *request)
@@ -319,9 +431,18 @@ void blk_io_submit(struct blk_io *io, struct blk_request *request)
 
 int blk_io_wait(struct blk_io *io, bool block)
 {
+    int result = 0;
+
+    if (links_ready(io)) {
+        service_links(io);
+        block = false;
+    }
     if (io->engine == BLK_ENGINE_IO_URING)
-        return uring_wait(io, block);
-    return block ? sync_wait(io) : 0;
+        result = uring_wait(io, block);
+    else if (block)
+        result = sync_wait(io);
+    service_links(io);
+    return result;
 }
 
 uint32_t blk_io_in_flight(const struct blk_io *io)

@@ -15,6 +15,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+struct blk_remote;
 struct blk_snapshot;
 
 /* Offsets and lengths are bytes and multiples of `block_size`, which the front end checks. */
@@ -25,7 +26,10 @@ struct blk_image {
     uint32_t buffer_align; /* what O_DIRECT asks of addresses; 1: nothing (the page cache) */
     bool is_block_device;
     bool in_memory;        /* see blk_image_in_memory */
+    bool one_buffer;       /* a step takes a single buffer: what is scattered is bounced */
+    bool no_fua;           /* a write that is to be stable needs a flush after it */
     struct blk_snapshot *snapshot; /* if not NULL: where the sectors lie, instead of in `fd` */
+    struct blk_remote *remote;     /* if not NULL: who serves it, instead of `fd` */
     uint32_t unsupported;  /* the engine's, 0 at first: what failed and is not tried again */
 };
 

@@ -36,12 +36,14 @@ static uint64_t min_u64(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
-/* Whether O_DIRECT takes these buffers (open(2), statx(2) STATX_DIOALIGN). */
+/* Whether the image takes these buffers; O_DIRECT has demands (open(2), statx(2) STATX_DIOALIGN). */
 static bool buffers_fit(const struct blk_request *request)
 {
     const struct blk_image *image = request->image;
     uint64_t misaligned = 0;
 
+    if (image->one_buffer && request->iov_count > 1)
+        return false;
     if (image->buffer_align <= 1)
         return true;
     for (uint32_t i = 0; i < request->iov_count; i++) {
@@ -195,9 +197,11 @@ static enum blk_next next_transfer(struct blk_request *request, int64_t result,
     skip_buffers(request, (uint64_t)result);
     progress->offset += (uint64_t)result;
     progress->remaining -= (uint64_t)result;
-    if (progress->remaining == 0)
-        return done(request, 0, error);
-    return transfer_step(request, step);
+    if (progress->remaining > 0)
+        return transfer_step(request, step);
+    if (request->stable && request->image->no_fua)
+        return sync_step(request, step);
+    return done(request, 0, error);
 }
 
 /* Where the ranges of the request are discarded or zeroed. */
@@ -252,7 +256,8 @@ static const uint8_t *range_methods(const struct blk_request *request)
     if (request->image->snapshot) /* what is discarded must not show the base again */
         return zero_or_unmap;
     if (request->op == BLK_DISCARD)
-        return request->image->is_block_device ? discard_device : discard_file;
+        return request->image->is_block_device || request->image->remote ? discard_device
+                                                                          : discard_file;
     return request->may_unmap ? zero_or_unmap : zero_in_place;
 }
 

@@ -31,14 +31,6 @@ _ALIGNMENTS = (512, 1024, 2048, PAGE_SIZE)
 # A process that was killed keeps its lock until its requests have ended, some milliseconds.
 _LOCK_PATIENCE = 0.5
 
-# How other formats begin. As a raw disk, the guest would find none of its data.
-_FORMATS = (
-    (b"QFI\xfb", "qcow2"),
-    (b"KDMV", "vmdk"),
-    (b"vhdxfile", "vhdx"),
-    (b"conectix", "vpc"),
-)
-
 
 class Image:
     """An open disk, whatever serves it; use it as a context manager or `close` it.
@@ -150,24 +142,25 @@ def open_image(
     Whoever writes is alone; readers (`readonly`) share. `direct` bypasses the host's page cache
     (O_DIRECT).
 
-    UsageError when the image is missing, forbidden, in use, no file or block device, in another
-    format, or of a size that no disk has.
+    UsageError when the image is missing, forbidden, in use, no file or block device, or of a size
+    that no disk has.
     """
     path = os.fspath(path)
-    fd = _open(path, readonly, direct)
+    fd = open_file(path, readonly, direct)
     try:
         if not readonly and stat.S_ISBLK(os.fstat(fd).st_mode) and _ioctl_int(fd, _BLKROGET):
             raise UsageError(f"the block device {path} is read-only: give readonly=on")
         _acquire_lock(path, fd, readonly)
         image = DiskImage(path, fd, readonly=readonly, direct=direct)
-        _check_contents(image)
+        _check_size(image)
     except BaseException:
         os.close(fd)
         raise
     return image
 
 
-def _open(path: str, readonly: bool, direct: bool) -> int:
+def open_file(path: str, readonly: bool, direct: bool) -> int:
+    """A descriptor of a file or block device. UsageError."""
     flags = (os.O_RDONLY if readonly else os.O_RDWR) | (os.O_DIRECT if direct else 0)
     try:
         mode = os.stat(path).st_mode
@@ -269,7 +262,7 @@ def _acquire_lock(path: str, fd: int, readonly: bool) -> None:
             ) from error
 
 
-def _check_contents(image: DiskImage) -> None:
+def _check_size(image: DiskImage) -> None:
     if image.size == 0:
         raise UsageError(f"the disk image {image.name} is empty: truncate -s 10G gives it a size")
     if image.size % image.logical_block_size:
@@ -278,23 +271,3 @@ def _check_contents(image: DiskImage) -> None:
             f"the disk image {image.name} has {image.size} bytes, which is not a multiple of "
             f"{image.logical_block_size}: truncate -s {size} {image.name}"
         )
-    start = _read_start(image)
-    for magic, name in _FORMATS:
-        if start.startswith(magic):
-            raise UsageError(
-                f"the disk image {image.name} is in {name} format, not raw: "
-                f"qemu-img convert -O raw makes a raw copy"
-            )
-
-
-def _read_start(image: DiskImage) -> bytes:
-    import mmap
-
-    with mmap.mmap(-1, PAGE_SIZE) as memory:  # aligned, for O_DIRECT
-        try:
-            os.preadv(image.fd, [memory], 0)
-        except OSError as error:
-            raise UsageError(
-                f"the disk image {image.name} cannot be read: {error.strerror}"
-            ) from error
-        return memory[:SECTOR]

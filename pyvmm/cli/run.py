@@ -259,9 +259,7 @@ def _check_files(config: VmConfig) -> None:
     if config.initrd is not None:
         os.close(open_file(config.initrd, "initrd"))
     for disk in config.disks:
-        open_disk(
-            disk.path, readonly=disk.readonly, direct=disk.direct, snapshot=disk.snapshot
-        ).close()
+        open_disk(**disk.backend()).close()
 
 
 def _why_not_kvm() -> str | None:

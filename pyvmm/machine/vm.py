@@ -410,14 +410,7 @@ def _open_disk(config: DiskConfig, stack: ExitStack) -> VirtioBlk:
     from pyvmm.backends.storage import open_disk
     from pyvmm.virtio.blk import VirtioBlk
 
-    image = stack.enter_context(
-        open_disk(
-            config.path,
-            readonly=config.readonly,
-            direct=config.direct,
-            snapshot=config.snapshot,
-        )
-    )
+    image = stack.enter_context(open_disk(**config.backend()))
     return VirtioBlk(
         image,
         serial=config.serial,

@@ -71,7 +71,7 @@ def test_options_are_text_and_become_what_they_mean() -> None:
 
 
 DISK_KEYS = (
-    "(known keys: path, readonly, snapshot, direct, cache, queues, queue_size, serial, "
+    "(known keys: path, nbd, format, readonly, snapshot, direct, cache, queues, queue_size, serial, "
     "bus, target, lun)"
 )
 CHARDEVS = "give stdio, pty, file:PATH, unix:PATH or none"
@@ -119,6 +119,31 @@ CHARDEVS = "give stdio, pty, file:PATH, unix:PATH or none"
         (
             {"disks": ["a.img", "./a.img,readonly=on"]},
             "--disk=./a.img is given twice: both must have readonly=on or snapshot=on "
+            "for the guest to see it as two disks",
+        ),
+        ({"disks": ["readonly=on"]}, "--disk: a disk needs either path=PATH or nbd=URI"),
+        ({"disks": ["a,nbd=nbd://b"]}, "--disk: a disk needs either path=PATH or nbd=URI"),
+        (
+            {"disks": ["nbd=host:10809"]},
+            "--disk: nbd=host:10809 is no URI of NBD: give nbd://HOST:PORT/EXPORT or "
+            "nbd+unix:///EXPORT?socket=PATH (a comma in it is written twice)",
+        ),
+        (
+            {"disks": ["nbd=nbd://a,format=raw"]},
+            "--disk: format is for images and devices, not for nbd: that is the server's",
+        ),
+        (
+            {"disks": ["nbd=nbd://a,direct=on"]},
+            "--disk: direct is for images and devices, not for nbd: that is the server's",
+        ),
+        (
+            {"disks": ["a,format=qcow3"]},
+            "--disk: format=qcow3 is not one of the choices: give raw, qcow2, vmdk, vhdx, vpc, "
+            "vdi, qed or parallels",
+        ),
+        (
+            {"disks": ["nbd=nbd://a/b", "nbd=nbd://a/b"]},
+            "--disk=nbd://a/b is given twice: both must have readonly=on or snapshot=on "
             "for the guest to see it as two disks",
         ),
         (
