@@ -67,6 +67,15 @@ class DiskConfig(Record, implied="path"):
         default="writeback",
         help="write to the host's cache until a flush, or through it",
     )
+    on_error: str = setting(
+        Choice("report", "stop"),
+        default="report",
+        help="errors of the host: the guest gets them, or stops until it is resumed",
+    )
+    iops: int = setting(Integer(0, 10**9), default=0, help="most requests a second; 0: any number")
+    bps: int = setting(
+        Size(least=0, most=TIB, multiple=1), default=0, help="most bytes a second; 0: any number"
+    )
     queues: int = setting(Integer(1, 16), default=1, help="virtqueues, as a rule one per CPU")
     queue_size: int = setting(
         Integer(4, 1024, power_of_two=True), default=256, help="descriptors in each virtqueue"
@@ -88,6 +97,8 @@ class DiskConfig(Record, implied="path"):
 
     def complete(self, source: Source) -> None:
         place = f"{source.place}: " if source.place else ""
+        if self.bus == "scsi" and self.on_error == "stop":
+            raise UsageError(f"{place}on_error=stop is for disks with bus=virtio")
         if (self.path is None) == (self.nbd is None):
             raise UsageError(f"{place}a disk needs either path=PATH or nbd=URI")
         if self.nbd is not None:
@@ -443,8 +454,9 @@ class VmConfig(Record):
                 place = (disk.target or 0, disk.lun)
                 if place in taken:
                     raise UsageError(
-                        f"{name}={disk.path}: there is a disk at target {place[0]}, LUN {place[1]} "
-                        "already: give another lun, or none for the first that is free"
+                        f"{name}={disk.location}: there is a disk at target {place[0]}, "
+                        f"LUN {place[1]} already: give another lun, or none for the first that is "
+                        "free"
                     )
                 taken.add(place)
         places = []

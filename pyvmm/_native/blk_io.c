@@ -10,7 +10,9 @@
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
+#include <sys/timerfd.h>
 #include <sys/vfs.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "blk_remote.h"
@@ -21,7 +23,7 @@
 #define BLOCK_URING_CMD_DISCARD _IO(0x12, 0)
 #endif
 
-#define OWN_WATCHES 1u /* links_fd */
+#define OWN_WATCHES 2u /* links_fd, timer_fd */
 #define ALL_WATCHES (BLK_IO_MAX_WATCHES + OWN_WATCHES)
 
 struct blk_io {
@@ -33,6 +35,9 @@ struct blk_io {
     int watched[ALL_WATCHES];
     struct blk_link *links; /* to the servers of images */
     int links_fd;           /* epoll: what they wait for; -1 until there is one */
+    struct blk_request *held; /* by limits, the first to start first */
+    int timer_fd;             /* -1 until a request was held */
+    uint64_t timer_at;
 };
 
 bool blk_image_in_memory(int fd)
@@ -322,6 +327,140 @@ static void service_links(struct blk_io *io)
         link->remote->service(link);
 }
 
+/* --- limits -------------------------------------------------------------------------------- */
+
+static uint64_t now_ns(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
+
+static void begin(struct blk_io *io, struct blk_request *request)
+{
+    struct blk_step step;
+    int error = 0;
+    enum blk_next next = blk_step_first(request, &step, &error);
+
+    go_on(io, request, next, &step, error);
+}
+
+static uint32_t limit_generation(const struct blk_request *request)
+{
+    return __atomic_load_n(&request->image->limit.generation, __ATOMIC_ACQUIRE);
+}
+
+/* Asks the limit when the request may start. */
+static void claim(struct blk_request *request, uint64_t now)
+{
+    uint64_t bytes = 0;
+
+    if (request->op == BLK_READ || request->op == BLK_WRITE)
+        for (uint32_t i = 0; i < request->iov_count; i++)
+            bytes += request->iov[i].iov_len;
+    request->generation = limit_generation(request);
+    request->start = blk_limit_reserve(&request->image->limit, now, bytes);
+}
+
+static void hold(struct blk_io *io, struct blk_request *request)
+{
+    struct blk_request **place = &io->held;
+
+    while (*place && (*place)->start <= request->start)
+        place = &(*place)->next_held;
+    request->next_held = *place;
+    *place = request;
+}
+
+static int open_timer(struct blk_io *io)
+{
+    int fd;
+
+    if (io->timer_fd >= 0)
+        return 0;
+    fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+    if (fd < 0 || add_watch(io, fd) < 0) {
+        if (fd >= 0)
+            close(fd);
+        return -1;
+    }
+    io->timer_fd = fd;
+    return 0;
+}
+
+/* Whether the request has to wait, which it then does in `held`. */
+static bool held_by_limit(struct blk_io *io, struct blk_request *request)
+{
+    struct blk_limit *limit = &request->image->limit;
+    uint64_t now;
+
+    if (!(__atomic_load_n(&limit->iops, __ATOMIC_RELAXED) |
+          __atomic_load_n(&limit->bps, __ATOMIC_RELAXED)) || request->op == BLK_FLUSH)
+        return false;
+    now = now_ns();
+    claim(request, now);
+    if (request->start <= now || open_timer(io) < 0)
+        return false;
+    hold(io, request);
+    return true;
+}
+
+/* Asks again for those whose limit has changed, in their order. */
+static void claim_again(struct blk_io *io, uint64_t now)
+{
+    struct blk_request *all = io->held;
+    struct blk_request *request;
+    bool changed = false;
+
+    for (request = all; request; request = request->next_held)
+        changed |= request->generation != limit_generation(request);
+    if (!changed)
+        return;
+    io->held = NULL;
+    while ((request = all)) {
+        all = request->next_held;
+        if (request->generation != limit_generation(request))
+            claim(request, now);
+        hold(io, request);
+    }
+}
+
+/* Begins the held requests whose time has come, and sets the timer for the next one. Whether there
+ * were any. */
+static bool release_held(struct blk_io *io)
+{
+    struct blk_request *request;
+    uint64_t now = now_ns();
+    bool released = false;
+
+    claim_again(io, now);
+    while ((request = io->held) && request->start <= now) {
+        io->held = request->next_held;
+        begin(io, request);
+        released = true;
+    }
+    if (io->held && io->held->start != io->timer_at) {
+        struct itimerspec spec;
+
+        io->timer_at = io->held->start;
+        spec = (struct itimerspec){.it_value = {(time_t)(io->timer_at / 1000000000u),
+                                                (long)(io->timer_at % 1000000000u)}};
+        timerfd_settime(io->timer_fd, TFD_TIMER_ABSTIME, &spec, NULL);
+    }
+    return released;
+}
+
+void blk_io_cancel_held(struct blk_io *io)
+{
+    struct blk_request *request;
+
+    while ((request = io->held)) {
+        io->held = request->next_held;
+        finish(io, request, -ECANCELED);
+    }
+}
+
 /* --- create, destroy, wait ------------------------------------------------------------------ */
 
 /* Creates a ring with the best flags that this kernel has: completions are only processed when we
@@ -383,6 +522,7 @@ struct blk_io *blk_io_create(enum blk_engine engine, uint32_t depth)
         return NULL;
     io->engine = engine;
     io->links_fd = -1;
+    io->timer_fd = -1;
     result = open_engine(io, depth);
     if (result < 0) {
         free(io);
@@ -404,6 +544,8 @@ void blk_io_destroy(struct blk_io *io)
     }
     if (io->links_fd >= 0)
         close(io->links_fd);
+    if (io->timer_fd >= 0)
+        close(io->timer_fd);
     if (io->engine == BLK_ENGINE_SYNC)
         close(io->epoll_fd);
     else
@@ -413,26 +555,24 @@ void blk_io_destroy(struct blk_io *io)
 
 int blk_io_watch(struct blk_io *io, int eventfd)
 {
-    uint32_t own = io->links_fd >= 0;
+    uint32_t own = (io->links_fd >= 0) + (io->timer_fd >= 0);
 
     return io->watches - own == BLK_IO_MAX_WATCHES ? -ENOSPC : add_watch(io, eventfd);
 }
 
 void blk_io_submit(struct blk_io *io, struct blk_request *request)
 {
-    struct blk_step step;
-    enum blk_next next;
-    int error = 0;
-
     io->in_flight++;
-    next = blk_step_first(request, &step, &error);
-    go_on(io, request, next, &step, error);
+    if (!held_by_limit(io, request))
+        begin(io, request);
 }
 
 int blk_io_wait(struct blk_io *io, bool block)
 {
     int result = 0;
 
+    if (io->held && release_held(io))
+        block = false;
     if (links_ready(io)) {
         service_links(io);
         block = false;

@@ -15,6 +15,8 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "blk_limit.h"
+
 struct blk_remote;
 struct blk_snapshot;
 
@@ -30,6 +32,7 @@ struct blk_image {
     bool no_fua;           /* a write that is to be stable needs a flush after it */
     struct blk_snapshot *snapshot; /* if not NULL: where the sectors lie, instead of in `fd` */
     struct blk_remote *remote;     /* if not NULL: who serves it, instead of `fd` */
+    struct blk_limit limit;
     uint32_t unsupported;  /* the engine's, 0 at first: what failed and is not tried again */
 };
 
@@ -73,10 +76,16 @@ struct blk_request {
     const struct blk_range *ranges;
     uint32_t range_count;
 
-    /* `error` is 0 or -errno; -EOPNOTSUPP when the image cannot discard. */
+    /* `error` is 0 or -errno; -EOPNOTSUPP when the image cannot discard, -ECANCELED by
+     * blk_io_cancel_held. After an error, the request as it is now is what is left to do: to submit
+     * it again is to try again. */
     void (*done)(struct blk_request *request, int error);
 
+    /* The engine's. */
     struct blk_progress progress;
+    struct blk_request *next_held; /* by the image's limit */
+    uint64_t start;                /* until then, CLOCK_MONOTONIC in ns */
+    uint32_t generation;           /* of the limit that said so */
 };
 
 enum blk_engine { BLK_ENGINE_IO_URING, BLK_ENGINE_SYNC };
@@ -106,6 +115,9 @@ void blk_io_submit(struct blk_io *io, struct blk_request *request);
 /* Starts what was queued and calls `done` for what has ended. With `block`, sleeps until a
  * request ends or a watched eventfd is signalled. 0, or -errno when the engine cannot go on. */
 int blk_io_wait(struct blk_io *io, bool block);
+
+/* Ends the requests that the limits of their images still hold, with -ECANCELED. */
+void blk_io_cancel_held(struct blk_io *io);
 
 /* Requests submitted and not done. */
 uint32_t blk_io_in_flight(const struct blk_io *io);

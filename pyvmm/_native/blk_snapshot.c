@@ -1,10 +1,16 @@
 #include "blk_snapshot.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
 #define SECTOR 512u
 #define WORD 64u
+
+static uint64_t map_bytes(uint64_t size)
+{
+    return (size / SECTOR + WORD) / WORD * sizeof(uint64_t);
+}
 
 struct blk_snapshot *blk_snapshot_create(struct blk_image *base, int overlay_fd, uint64_t size)
 {
@@ -12,7 +18,7 @@ struct blk_snapshot *blk_snapshot_create(struct blk_image *base, int overlay_fd,
 
     if (!snapshot)
         return NULL;
-    snapshot->map_bytes = (size / SECTOR + WORD) / WORD * sizeof(uint64_t);
+    snapshot->map_bytes = map_bytes(size);
     snapshot->map = mmap(NULL, snapshot->map_bytes, PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (snapshot->map == MAP_FAILED) {
@@ -85,4 +91,18 @@ void blk_snapshot_mark(struct blk_snapshot *snapshot, uint64_t offset, uint64_t 
             __atomic_fetch_or(&snapshot->map[sector / WORD], bits, __ATOMIC_RELEASE);
         sector = next;
     }
+}
+
+int blk_snapshot_grow(struct blk_snapshot *snapshot, uint64_t size)
+{
+    uint64_t before = snapshot->overlay.size;
+    uint64_t *map = mremap(snapshot->map, snapshot->map_bytes, map_bytes(size), MREMAP_MAYMOVE);
+
+    if (map == MAP_FAILED)
+        return -errno;
+    snapshot->map = map;
+    snapshot->map_bytes = map_bytes(size);
+    snapshot->overlay.size = size;
+    blk_snapshot_mark(snapshot, before, size);
+    return 0;
 }

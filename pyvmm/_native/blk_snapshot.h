@@ -22,6 +22,10 @@ struct blk_snapshot {
 struct blk_snapshot *blk_snapshot_create(struct blk_image *base, int overlay_fd, uint64_t size);
 void blk_snapshot_destroy(struct blk_snapshot *snapshot);
 
+/* Makes the disk larger: what is beyond the base reads as zeroes. No request may be in flight. 0 or
+ * -errno. */
+int blk_snapshot_grow(struct blk_snapshot *snapshot, uint64_t size);
+
 /* Where the bytes at `offset` lie; `length` is cut to as many as lie there together. */
 struct blk_image *blk_snapshot_locate(struct blk_snapshot *snapshot, uint64_t offset,
                                       uint64_t *length);

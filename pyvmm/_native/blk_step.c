@@ -111,8 +111,18 @@ static void skip_buffers(struct blk_request *request, uint64_t size)
 
 static enum blk_next done(struct blk_request *request, int outcome, int *error)
 {
-    free(request->progress.bounce);
-    request->progress.bounce = NULL;
+    struct blk_progress *progress = &request->progress;
+
+    free(progress->bounce);
+    progress->bounce = NULL;
+    if (outcome < 0 && !progress->syncing) { /* what is left to do: see blk_request.done */
+        if (request->op == BLK_READ || request->op == BLK_WRITE) {
+            request->offset = progress->offset;
+        } else if (progress->remaining > 0) {
+            request->ranges--;
+            request->range_count++;
+        }
+    }
     *error = outcome;
     return BLK_DONE;
 }
@@ -159,6 +169,14 @@ static enum blk_next transfer_step(struct blk_request *request, struct blk_step 
     return BLK_STEP;
 }
 
+static enum blk_next finish_transfer(struct blk_request *request, struct blk_step *step,
+                                     int *error)
+{
+    if (request->stable && request->image->no_fua)
+        return sync_step(request, step);
+    return done(request, 0, error);
+}
+
 static enum blk_next first_transfer(struct blk_request *request, struct blk_step *step,
                                     int *error)
 {
@@ -168,7 +186,7 @@ static enum blk_next first_transfer(struct blk_request *request, struct blk_step
     for (uint32_t i = 0; i < request->iov_count; i++)
         progress->remaining += request->iov[i].iov_len;
     if (progress->remaining == 0)
-        return done(request, 0, error);
+        return finish_transfer(request, step, error);
     if (!buffers_fit(request)) {
         progress->bounce = aligned_alloc(BOUNCE_ALIGN, BOUNCE_SIZE);
         if (!progress->bounce)
@@ -199,9 +217,7 @@ static enum blk_next next_transfer(struct blk_request *request, int64_t result,
     progress->remaining -= (uint64_t)result;
     if (progress->remaining > 0)
         return transfer_step(request, step);
-    if (request->stable && request->image->no_fua)
-        return sync_step(request, step);
-    return done(request, 0, error);
+    return finish_transfer(request, step, error);
 }
 
 /* Where the ranges of the request are discarded or zeroed. */

@@ -16,7 +16,7 @@
 struct slot {
     struct blk_request request;
     struct virtio_blk_queue *queue;
-    struct slot *next_free;
+    struct slot *next; /* free or kept */
     bool in_flight;
     uint16_t head;
     uint8_t *status;         /* the status byte, last of the device-writable part */
@@ -37,9 +37,17 @@ struct virtio_blk_queue {
     struct blk_io *io;
     struct virtio_blk_counters counters;
     struct slot *free;
+    struct slot *kept; /* for the next run, the first to come first */
+    struct slot **kept_tail;
+    int error; /* of the host, that ends this run; an errno */
     struct slot *slots;
     struct iovec *iov;
 };
+
+static bool ending(const struct virtio_blk_queue *queue)
+{
+    return queue->vq.broken || queue->error || __atomic_load_n(&queue->stopping, __ATOMIC_ACQUIRE);
+}
 
 /* --- completion --------------------------------------------------------------------------- */
 
@@ -67,14 +75,33 @@ static void complete(struct slot *slot, uint8_t status, uint32_t filled)
         count(&queue->counters.failed);
     free(slot->ranges);
     slot->ranges = NULL;
-    slot->next_free = queue->free;
+    slot->next = queue->free;
     queue->free = slot;
+}
+
+static void keep(struct slot *slot)
+{
+    struct virtio_blk_queue *queue = slot->queue;
+
+    slot->next = NULL;
+    *queue->kept_tail = slot;
+    queue->kept_tail = &slot->next;
 }
 
 static void request_done(struct blk_request *request, int error)
 {
     struct slot *slot = (struct slot *)request; /* its first member */
+    struct virtio_blk_queue *queue = slot->queue;
 
+    if (error == -ECANCELED && ending(queue)) {
+        keep(slot);
+        return;
+    }
+    if (error && error != -EOPNOTSUPP && queue->device->stop_on_error) {
+        keep(slot);
+        queue->error = -error;
+        return;
+    }
     if (error == -EOPNOTSUPP)
         complete(slot, VIRTIO_BLK_S_UNSUPP, 0);
     else if (error)
@@ -127,7 +154,8 @@ static uint8_t *take_last(struct cursor *cursor)
 
 static bool range_valid(const struct blk_image *image, uint64_t sector, uint64_t bytes)
 {
-    uint64_t sectors = image->size / VIRTIO_BLK_SECTOR;
+    uint64_t size = __atomic_load_n(&image->size, __ATOMIC_RELAXED);
+    uint64_t sectors = size / VIRTIO_BLK_SECTOR;
 
     if (bytes % image->block_size != 0 || bytes / VIRTIO_BLK_SECTOR > sectors)
         return false;
@@ -318,7 +346,7 @@ static bool start_available(struct virtio_blk_queue *queue)
             queue->armed = false;
             virtq_disable_notify(vq);
         }
-        queue->free = slot->next_free;
+        queue->free = slot->next;
         bytes += start(slot, &chain);
     }
     return true;
@@ -333,22 +361,42 @@ static void publish(struct virtio_blk_queue *queue)
     }
 }
 
+/* Goes on with what the last run could not end. */
+static void start_kept(struct virtio_blk_queue *queue)
+{
+    struct slot *slot = queue->kept;
+
+    queue->kept = NULL;
+    queue->kept_tail = &queue->kept;
+    queue->error = 0;
+    while (slot) {
+        struct slot *next = slot->next;
+
+        blk_io_submit(queue->io, &slot->request); /* which may keep it again */
+        slot = next;
+    }
+}
+
 static int serve(struct virtio_blk_queue *queue)
 {
     int error;
 
+    start_kept(queue);
     do {
         bool more = start_available(queue);
 
         publish(queue);
-        error = blk_io_wait(queue->io, !more && !queue->vq.broken); /* a stop ends it, too */
-    } while (!error && !queue->vq.broken && !__atomic_load_n(&queue->stopping, __ATOMIC_ACQUIRE));
+        error = blk_io_wait(queue->io, !more && !ending(queue)); /* a stop ends it, too */
+    } while (!error && !ending(queue));
+    blk_io_cancel_held(queue->io);
     while (!error && blk_io_in_flight(queue->io) > 0)
         error = blk_io_wait(queue->io, true);
     publish(queue);
     if (error)
         return error;
-    return queue->vq.broken ? VIRTIO_BLK_BROKEN : VIRTIO_BLK_STOPPED;
+    if (queue->vq.broken)
+        return VIRTIO_BLK_BROKEN;
+    return queue->error ? VIRTIO_BLK_FAILED : VIRTIO_BLK_STOPPED;
 }
 
 int virtio_blk_queue_run(struct virtio_blk_queue *queue)
@@ -372,6 +420,21 @@ void virtio_blk_queue_stop(struct virtio_blk_queue *queue)
     eventfd_signal(queue->kick_fd);
 }
 
+void virtio_blk_queue_allow(struct virtio_blk_queue *queue)
+{
+    __atomic_store_n(&queue->stopping, false, __ATOMIC_RELAXED);
+}
+
+void virtio_blk_queue_wake(struct virtio_blk_queue *queue)
+{
+    eventfd_signal(queue->kick_fd);
+}
+
+int virtio_blk_queue_error(const struct virtio_blk_queue *queue)
+{
+    return queue->error;
+}
+
 /* --- create and destroy ------------------------------------------------------------------- */
 
 struct virtio_blk_queue *virtio_blk_queue_create(struct virtio_blk_device *device,
@@ -389,6 +452,7 @@ struct virtio_blk_queue *virtio_blk_queue_create(struct virtio_blk_device *devic
     queue->engine = engine;
     queue->irq = irq;
     queue->kick_fd = kick_fd;
+    queue->kept_tail = &queue->kept;
     if (virtq_init(&queue->vq, memory, config) < 0) {
         free(queue);
         errno = EINVAL;
@@ -406,7 +470,7 @@ struct virtio_blk_queue *virtio_blk_queue_create(struct virtio_blk_device *devic
 
         slot->queue = queue;
         slot->iov = &queue->iov[(size_t)i * size];
-        slot->next_free = queue->free;
+        slot->next = queue->free;
         queue->free = slot;
     }
     return queue;
@@ -416,6 +480,8 @@ void virtio_blk_queue_destroy(struct virtio_blk_queue *queue)
 {
     if (!queue)
         return;
+    for (struct slot *slot = queue->kept; slot; slot = slot->next)
+        free(slot->ranges);
     free(queue->iov);
     free(queue->slots);
     free(queue);

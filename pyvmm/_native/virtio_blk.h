@@ -20,6 +20,7 @@
 struct virtio_blk_device {
     struct blk_image *image;
     bool readonly;
+    bool stop_on_error; /* errors of the host end virtio_blk_queue_run instead of the request */
     uint8_t serial[20]; /* padded with NUL */
     bool writethrough;  /* see virtio_blk_set_writethrough */
 };
@@ -34,6 +35,7 @@ struct virtio_blk_counters {
 enum virtio_blk_result {
     VIRTIO_BLK_STOPPED, /* by virtio_blk_queue_stop; virtio_blk_queue_run may be called again */
     VIRTIO_BLK_BROKEN,  /* the ring can no longer be followed */
+    VIRTIO_BLK_FAILED,  /* an error of the host: virtio_blk_queue_error; may be called again, too */
     /* or -errno: the engine cannot go on */
 };
 
@@ -53,12 +55,22 @@ struct virtio_blk_queue *virtio_blk_queue_create(struct virtio_blk_device *devic
 void virtio_blk_queue_destroy(struct virtio_blk_queue *queue);
 
 /* Serves the queue until it is stopped or broken: an enum virtio_blk_result or -errno. On return
- * no request is in flight, and guest memory is not touched any more. */
+ * no request is in flight, and guest memory is not touched any more. Requests that failed with
+ * `stop_on_error`, or that a limit held, are kept and begin the next run. */
 int virtio_blk_queue_run(struct virtio_blk_queue *queue);
+
+/* The error that ended the last run, for VIRTIO_BLK_FAILED: an errno. */
+int virtio_blk_queue_error(const struct virtio_blk_queue *queue);
+
+/* Has the queue look at the limits of its image, which have changed. Any thread. */
+void virtio_blk_queue_wake(struct virtio_blk_queue *queue);
 
 /* Makes virtio_blk_queue_run return; one that has not started yet, after a look at the ring. Any
  * thread. */
 void virtio_blk_queue_stop(struct virtio_blk_queue *queue);
+
+/* Takes a stop back that came too late, after the end of a run. */
+void virtio_blk_queue_allow(struct virtio_blk_queue *queue);
 
 /* Any thread. */
 struct virtio_blk_counters virtio_blk_queue_counters(const struct virtio_blk_queue *queue);

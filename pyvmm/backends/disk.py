@@ -65,6 +65,28 @@ class Image:
         """Whether it never waits for a disk, as on a tmpfs."""
         return bool(self.native.in_memory)
 
+    def resize(self, size: int | None) -> None:
+        """Makes the disk larger, to `size` bytes, or to what it is on the host by now (None).
+
+        No request may be under way. UsageError, here where that cannot be done.
+        """
+        raise UsageError(
+            f"{self.name} keeps its size while it is in use: end the guest, "
+            "then use qemu-img resize or what the server has for it"
+        )
+
+    def _check_growth(self, size: int) -> None:
+        if size < self.size:
+            raise UsageError(
+                f"{self.name} has {self.size} bytes and cannot shrink to {size} while a guest "
+                "uses it: that would cut off what it holds"
+            )
+        if size % self.logical_block_size:
+            raise UsageError(
+                f"{self.name} cannot have {size} bytes, which is not a multiple of "
+                f"{self.logical_block_size}"
+            )
+
     def close(self) -> None:
         """Gives the disk back; idempotent. No request may be under way."""
         raise NotImplementedError
@@ -124,6 +146,29 @@ class DiskImage(Image):
                 "in_memory": lib.blk_image_in_memory(fd),
             },
         )
+
+    def resize(self, size: int | None) -> None:
+        actual = os.lseek(self.fd, 0, os.SEEK_END)
+        if self.is_block_device and size not in (None, actual):
+            raise UsageError(
+                f"the block device {self.name} has {actual} bytes, not {size}: "
+                "resize it first (lvextend), then have its size read anew"
+            )
+        wanted = actual if size is None else size
+        self._check_growth(wanted)
+        if wanted > actual:
+            self._extend(wanted)
+        self.native.size = wanted
+
+    def _extend(self, size: int) -> None:
+        if self.readonly:
+            raise UsageError(f"{self.name} has readonly=on and cannot be made larger")
+        try:
+            os.ftruncate(self.fd, size)
+        except OSError as error:
+            raise UsageError(
+                f"{self.name} cannot be made {size} bytes large: {error.strerror}"
+            ) from error
 
     def close(self) -> None:
         """Unlocks and closes the image; idempotent."""

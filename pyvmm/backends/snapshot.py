@@ -49,6 +49,17 @@ class SnapshotImage(Image):
             },
         )
 
+    def resize(self, size: int | None) -> None:
+        """The base keeps its size; what is beyond it reads as zeroes at first."""
+        if size is None:
+            raise UsageError(f"{self.name} has snapshot=on: say which size it is to have")
+        self._check_growth(size)
+        _set_size(self._overlay, size, os.environ.get("TMPDIR") or _DIRECTORY)
+        error = -lib.blk_snapshot_grow(self.native.snapshot, size)
+        if error:
+            raise MemoryError(f"no memory for the map of {self.name}")
+        self.native.size = size
+
     def close(self) -> None:
         if self._overlay >= 0:
             lib.blk_snapshot_destroy(self.native.snapshot)
@@ -67,14 +78,21 @@ def _create_overlay(size: int) -> int:
             "set TMPDIR to a directory that you can write to"
         ) from error
     try:
+        _set_size(fd, size, directory)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _set_size(fd: int, size: int, directory: str) -> None:
+    try:
         os.ftruncate(fd, size)
     except OSError as error:
-        os.close(fd)
         raise UsageError(
             f"the file system of {directory} has no files of {size} bytes ({error.strerror}): "
             "set TMPDIR to a directory on another one"
         ) from error
-    return fd
 
 
 def _open_unnamed(directory: str) -> int:

@@ -299,10 +299,11 @@ def _run_nested(config: VmConfig, argv: Sequence[str]) -> int:
 def _run_here(config: VmConfig) -> int:
     from pyvmm.machine.vm import VM
 
-    with _EndOnSignals() as signals, VM(config) as vm:
+    with _Signals() as signals, VM(config) as vm:
+        vm.on_stopped = _tell_how_to_go_on
         vm.start()
         gc.enable()
-        signals.end(vm.stop)
+        signals.connect(vm.stop, vm.resume)
         for remark in vm.remarks:
             print(f"pyvmm: {remark}", file=sys.stderr)
         outcome = vm.wait(config.timeout)
@@ -310,8 +311,17 @@ def _run_here(config: VmConfig) -> int:
     return outcome.status
 
 
-class _EndOnSignals:
-    """Has SIGINT and SIGTERM end the guest from outside of whatever they interrupt.
+def _tell_how_to_go_on(what: str) -> None:
+    print(
+        f"\npyvmm: the guest is stopped by {what}; put that right, then let it try again: "
+        f"kill -CONT {os.getpid()}",
+        file=sys.stderr,
+    )
+
+
+class _Signals:
+    """Has SIGINT and SIGTERM end the guest from outside of whatever they interrupt, and SIGCONT
+    resume it.
 
     So a terminal is always restored and nothing stops halfway; a second signal changes nothing.
     """
@@ -322,10 +332,12 @@ class _EndOnSignals:
 
         self._status = 0
         self._stop: Callable[[int], None] | None = None
+        self._resume: Callable[[], None] | None = None
+        self._continue = _signal.SIGCONT
         self._restore = _signal.signal
         self._before = {
             number: _signal.signal(number, self._handle)
-            for number in (_signal.SIGINT, _signal.SIGTERM)
+            for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGCONT)
         }
         return self
 
@@ -333,15 +345,19 @@ class _EndOnSignals:
         for number, handler in self._before.items():
             self._restore(number, handler)
 
-    def end(self, stop: Callable[[int], None]) -> None:
+    def connect(self, stop: Callable[[int], None], resume: Callable[[], None]) -> None:
         """Calls ``stop`` with the exit status once there is a signal, or if there was one."""
-        self._stop = stop
+        self._stop, self._resume = stop, resume
         if self._status:
             stop(self._status)
 
     def _handle(self, number: int, frame: object) -> None:
         from threading import Thread
 
+        if number == self._continue:
+            if self._resume is not None:
+                Thread(target=self._resume, daemon=True).start()
+            return
         self._status = 128 + number
         if self._stop is not None:
             # `stop` waits on locks that the interrupted code may hold.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import ExitStack
 
+from pyvmm._core import lib
 from pyvmm.backends.scsi.command import CommandThread
 from pyvmm.backends.scsi.disk import ScsiDisk
 from pyvmm.backends.storage import open_disk
@@ -30,6 +31,7 @@ class ScsiController:
 
     def __init__(self, config: ScsiConfig) -> None:
         self.device = VirtioScsi(queues=config.queues, queue_size=config.queue_size)
+        self._threads = config.queues
         self._commands = CommandThread()
         self._lock = threading.Lock()
         self._units: dict[Place, ExitStack] = {}
@@ -62,14 +64,8 @@ class ScsiController:
                     f"there is a SCSI disk at target {place[0]}, LUN {place[1]} already: "
                     "give another lun, or none for the first that is free"
                 )
-            image = stack.enter_context(
-                open_disk(
-                    config.path,
-                    readonly=config.readonly,
-                    direct=config.direct,
-                    snapshot=config.snapshot,
-                )
-            )
+            image = stack.enter_context(open_disk(**config.backend() | {"threads": self._threads}))
+            lib.blk_limit_set(image.native, config.iops, config.bps)
             disk = ScsiDisk(
                 image,
                 self._commands,

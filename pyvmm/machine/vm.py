@@ -14,6 +14,7 @@ from pyvmm.errors import ExitStatus, GuestPanic, GuestTimeout, UsageError
 
 TYPE_CHECKING = False  # importing typing takes milliseconds
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, Self
 
     from pyvmm.backends.chardev import Chardev
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pyvmm.machine.board import Board
     from pyvmm.machine.chassis import ChassisBuilder
     from pyvmm.machine.scsi import ScsiController
+    from pyvmm.schema import Kind
     from pyvmm.virtio.blk import VirtioBlk
     from pyvmm.virtio.device import VirtioDevice
 
@@ -74,9 +76,14 @@ class VM:
         self.config = config
         self.outcome: Outcome | None = None
         self.remarks: list[str] = []  # what the user should know once it is started
+        # The error of a disk with on_error=stop that keeps the guest paused, and who is told of it,
+        # on a thread of the machine.
+        self.stopped_by: str | None = None
+        self.on_stopped: Callable[[str], None] | None = None
         self._resources = ExitStack()
         self._devices: list[VirtioDevice] = []
         self._scsi: ScsiController | None = None
+        self._disks: dict[str, VirtioBlk] = {}
         self._chardevs: list[Chardev] = []
         self._board: Board | None = None
         self._boot = 0  # how often the machine was powered on
@@ -140,11 +147,44 @@ class VM:
                 self._board.pause()
 
     def resume(self) -> None:
-        """Lets a paused guest go on; idempotent."""
+        """Lets a paused guest go on, and tries again what failed on a disk; idempotent."""
         with self._lock:
             self._paused = False
+            self.stopped_by = None
+            for blk in self._disks.values():
+                blk.resume()
             if self._board is not None:
                 self._board.resume()
+
+    def resize_disk(self, name: str, size: int | str | None = None) -> None:
+        """Makes a disk larger and tells the guest; `name` is that in a Linux guest, such as vda.
+
+        `size` is in bytes or text such as "20G"; None takes over what the image or block device
+        has become on the host. Raises UsageError.
+        """
+        from pyvmm.schema import TIB, Size
+
+        if size is not None:
+            size = _number(Size(least=512, most=64 * TIB, multiple=512), "size", size)
+        self._disk(name).resize(size)
+
+    def limit_disk(self, name: str, *, iops: int = 0, bps: int | str = 0) -> None:
+        """Sets a disk's most requests and bytes (also as text such as "10M") a second; 0: any
+        number. What waits already goes by the new limits. Raises UsageError.
+        """
+        from pyvmm.config import DiskConfig
+
+        settings = DiskConfig.settings
+        self._disk(name).limit(
+            iops=_number(settings["iops"].kind, "iops", iops),
+            bps=_number(settings["bps"].kind, "bps", bps),
+        )
+
+    def _disk(self, name: str) -> VirtioBlk:
+        if name not in self._disks:
+            there = ", ".join(self._disks) or "none"
+            raise UsageError(f"there is no disk {name} (there: {there})")
+        return self._disks[name]
 
     def press_power_button(self) -> None:
         """Asks the guest to shut down, as the ACPI power button does."""
@@ -197,7 +237,7 @@ class VM:
         self.serial = self._open_chardev(config.serial, "serial port ttyS0", stack)
         for disk in config.disks:
             if disk.bus == "virtio":
-                blk = _open_disk(disk, stack)
+                blk = self._open_disk(disk, _disk_name(len(self._disks)), stack)
                 self._devices.append(blk)
                 self._remark(blk.engine_remark)
         if config.scsi is not None:
@@ -226,6 +266,28 @@ class VM:
     def _remark(self, remark: str) -> None:
         if remark and remark not in self.remarks:
             self.remarks.append(remark)
+
+    def _open_disk(self, config: DiskConfig, name: str, stack: ExitStack) -> VirtioBlk:
+        from pyvmm.backends.storage import open_disk
+        from pyvmm.virtio.blk import VirtioBlk
+
+        image = stack.enter_context(open_disk(**config.backend()))
+
+        def on_error(error: int) -> None:
+            what = f"disk {name} ({config.location}): {os.strerror(error)}"
+            self._tell(_DiskFailed(what), self._boot)
+
+        blk = VirtioBlk(
+            image,
+            serial=config.serial,
+            queues=config.queues,
+            queue_size=config.queue_size,
+            writethrough=config.cache == "writethrough",
+            on_error=on_error if config.on_error == "stop" else None,
+        )
+        blk.limit(iops=config.iops, bps=config.bps)
+        self._disks[name] = blk
+        return blk
 
     def _open_chardev(self, config: ChardevConfig, name: str, stack: ExitStack) -> Chardev:
         from pyvmm.backends.chardev import open_chardev
@@ -310,7 +372,9 @@ class VM:
                 event = self._inbox.popleft()
                 if event.boot not in (None, self._boot):
                     continue  # from before a reboot
-                if event.outcome is _PANICKED:
+                if isinstance(event.outcome, _DiskFailed):
+                    self._stop_on_error(event.outcome.what)
+                elif event.outcome is _PANICKED:
                     panic_deadline = panic_deadline or time.monotonic() + PANIC_GRACE
                 elif event.outcome is not _RESET:
                     return event.outcome
@@ -322,6 +386,13 @@ class VM:
                     self._reboot()
             if panic_deadline is not None and time.monotonic() >= panic_deadline:
                 return self._panic_outcome()
+
+    def _stop_on_error(self, what: str) -> None:
+        self.pause()
+        first = self.stopped_by is None
+        self.stopped_by = what
+        if first and self.on_stopped is not None:
+            self.on_stopped(what)
 
     def _panic_outcome(self) -> Outcome:
         lines = self._last_lines()
@@ -367,6 +438,16 @@ _RESET = Outcome(ExitStatus.OK)
 _PANICKED = Outcome(ExitStatus.GUEST_PANIC)
 
 
+class _DiskFailed(Outcome):
+    """Not an end at all: an error on the host that the guest is to wait out."""
+
+    __slots__ = ("what",)
+
+    def __init__(self, what: str) -> None:
+        super().__init__(ExitStatus.OK)
+        self.what = what
+
+
 class _Event:
     """Something happened in the boot with that number, or (None) outside the guest."""
 
@@ -406,15 +487,22 @@ def _eventfd(stack: ExitStack) -> int:
     return fd
 
 
-def _open_disk(config: DiskConfig, stack: ExitStack) -> VirtioBlk:
-    from pyvmm.backends.storage import open_disk
-    from pyvmm.virtio.blk import VirtioBlk
+def _disk_name(index: int) -> str:
+    """As Linux calls them: vda to vdz, vdaa and so on."""
+    letters = ""
+    index += 1
+    while index:
+        index, letter = divmod(index - 1, 26)
+        letters = chr(ord("a") + letter) + letters
+    return f"vd{letters}"
 
-    image = stack.enter_context(open_disk(**config.backend()))
-    return VirtioBlk(
-        image,
-        serial=config.serial,
-        queues=config.queues,
-        queue_size=config.queue_size,
-        writethrough=config.cache == "writethrough",
-    )
+
+def _number(kind: Kind, name: str, value: object) -> int:
+    from pyvmm.schema import Source
+
+    try:
+        number = kind.read(value, Source())
+    except ValueError as error:
+        raise UsageError(f"{name}={value} {error}") from None
+    assert isinstance(number, int)
+    return number

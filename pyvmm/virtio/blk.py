@@ -16,6 +16,7 @@ from pyvmm.virtio.device import VirtioDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, Protocol
 
     from pyvmm.virtio.device import Activation
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
         @property
         def in_memory(self) -> bool: ...
+
+        def resize(self, size: int | None) -> None: ...
 
 
 SECTOR = 512
@@ -54,6 +57,10 @@ class VirtioBlk(VirtioDevice):
     `engine` says how requests are executed, "io_uring" or "sync"; `engine_remark` is empty, or
     what the user should be told about it in one sentence.
 
+    `on_error`, if there is one, is called on a queue's thread with the errno of a request that
+    failed on the host. The request is then kept, and the queue serves no more, until `resume` tries
+    again. Without it, the driver gets the error.
+
     UsageError when an argument is out of its limits.
     """
 
@@ -67,6 +74,7 @@ class VirtioBlk(VirtioDevice):
         queues: int = 1,
         queue_size: int = 256,
         writethrough: bool = False,
+        on_error: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
         if not serial.isascii() or len(serial) > uapi.VIRTIO_BLK_ID_BYTES:
@@ -88,14 +96,19 @@ class VirtioBlk(VirtioDevice):
             {
                 "image": image.native,
                 "readonly": image.readonly,
+                "stop_on_error": on_error is not None,
                 "serial": serial.encode("ascii"),
                 "writethrough": writethrough,
             },
         )
+        self._on_error = on_error
         self._features = 0  # negotiated
         self._lock = threading.Lock()  # for the two lists; the threads never take it
         self._queues: list[Any] = []
         self._threads: list[threading.Thread] = []
+        self._failed = threading.Condition()  # guards the next two
+        self._turn = 0  # counts what queues that failed wait for
+        self._stopping = False
 
     def read_config(self) -> bytes:
         """``struct virtio_blk_config`` (5.2.4)."""
@@ -148,10 +161,33 @@ class VirtioBlk(VirtioDevice):
             self._stop()
 
     def resume(self) -> None:
-        """Serves the queues again after `pause`; does nothing while the device is not active."""
+        """Serves the queues again after `pause` or an error; does nothing while not active."""
         with self._lock:
-            if not self._threads:
+            if self._threads:
+                self._end_turn()
+            else:
+                self._stopping = False
                 self._start()
+
+    def resize(self, size: int | None = None) -> None:
+        """Makes the disk larger while the guest runs, to `size` bytes, and tells the driver.
+
+        None takes over the size that the image has by now. UsageError as of the image.
+        """
+        self.pause()
+        try:
+            self._image.resize(size)
+        finally:
+            self.resume()
+        self._config.capacity = self._image.size // SECTOR
+        self.config_changed()
+
+    def limit(self, *, iops: int = 0, bps: int = 0) -> None:
+        """How many requests and bytes there may be in a second; 0: any number. At any time."""
+        lib.blk_limit_set(self._image.native, iops, bps)
+        with self._lock:
+            for native in self._queues:
+                lib.virtio_blk_queue_wake(native)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -175,12 +211,25 @@ class VirtioBlk(VirtioDevice):
         if self._threads:
             for native in self._queues:
                 lib.virtio_blk_queue_stop(native)
+            self._end_turn(stopping=True)
             for thread in self._threads:
                 thread.join()
             self._threads = []
+            for native in self._queues:  # some may have ended by an error before they were stopped
+                lib.virtio_blk_queue_allow(native)
 
     def _serve(self, native: Any) -> None:
-        result = lib.virtio_blk_queue_run(native)
+        turn = self._turn
+        while (result := lib.virtio_blk_queue_run(native)) == lib.VIRTIO_BLK_FAILED:
+            assert self._on_error is not None
+            if self._turn == turn:
+                self._on_error(lib.virtio_blk_queue_error(native))
+            with self._failed:
+                while self._turn == turn:
+                    self._failed.wait()
+                turn = self._turn
+                if self._stopping:
+                    return
         if result == lib.VIRTIO_BLK_STOPPED:
             return
         if result < 0:
@@ -188,6 +237,12 @@ class VirtioBlk(VirtioDevice):
 
             logging.getLogger("pyvmm.virtio").error("virtio-blk stopped: %s", os.strerror(-result))
         self.needs_reset()
+
+    def _end_turn(self, *, stopping: bool = False) -> None:
+        with self._failed:
+            self._turn += 1
+            self._stopping = stopping
+            self._failed.notify_all()
 
     def _set_writethrough(self, writethrough: bool) -> None:
         """When a write is stable on completion (5.2.6.2).

@@ -44,18 +44,6 @@ WCE_REGISTER = uapi.VIRTIO_MMIO_CONFIG + uapi.virtio_blk_config.wce.offset
 
 PATTERN = b"".join(struct.pack("<Q", n) for n in range(SIZE // 8))
 
-ENGINES = ("io_uring", "sync")
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    name: str = request.param
-    error = lib.blk_io_uring_check()
-    if name == "io_uring" and error:
-        pytest.skip(f"this kernel does not let us use io_uring: {os.strerror(-error)}")
-    monkeypatch.setattr(blk, "choose_engine", lambda in_memory: (name, ""))
-    return name
-
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:

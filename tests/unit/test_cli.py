@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -302,6 +303,9 @@ class FakeVm:
         assert self.outcome is not None
         return self.outcome
 
+    def resume(self) -> None:
+        self.calls.append("resume")
+
     def stop(self, status: int) -> None:
         self.outcome = Outcome(status)
         self.ended.set()
@@ -373,6 +377,25 @@ class TestRun:
         assert cli.main(["run", "--kernel=k", "--accel=kvm"]) == 128 + number
         assert vm.calls[-1] == "close"
         assert signal.getsignal(number) == before
+
+    def test_sigcont_resumes_a_guest_that_an_error_stopped(
+        self, machine: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        vm = machine(None)
+
+        def fail_and_go_on() -> None:
+            vm.on_stopped("disk vda (a.img): No space left on device")
+            os.kill(os.getpid(), signal.SIGCONT)
+            while "resume" not in vm.calls:
+                time.sleep(0.01)
+            vm.stop(0)
+
+        threading.Timer(0.2, fail_and_go_on).start()
+        assert cli.main(["run", "--kernel=k", "--accel=kvm"]) == 0
+        assert (
+            "\npyvmm: the guest is stopped by disk vda (a.img): No space left on device; "
+            f"put that right, then let it try again: kill -CONT {os.getpid()}\n"
+        ) in capsys.readouterr().err
 
     def test_a_signal_before_the_guest_runs_is_not_lost(self, machine: Any) -> None:
         vm = machine(None)

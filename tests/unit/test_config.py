@@ -71,8 +71,8 @@ def test_options_are_text_and_become_what_they_mean() -> None:
 
 
 DISK_KEYS = (
-    "(known keys: path, nbd, format, readonly, snapshot, direct, cache, queues, queue_size, serial, "
-    "bus, target, lun)"
+    "(known keys: path, nbd, format, readonly, snapshot, direct, cache, on_error, iops, bps, "
+    "queues, queue_size, serial, bus, target, lun)"
 )
 CHARDEVS = "give stdio, pty, file:PATH, unix:PATH or none"
 
@@ -120,6 +120,10 @@ CHARDEVS = "give stdio, pty, file:PATH, unix:PATH or none"
             {"disks": ["a.img", "./a.img,readonly=on"]},
             "--disk=./a.img is given twice: both must have readonly=on or snapshot=on "
             "for the guest to see it as two disks",
+        ),
+        (
+            {"disks": ["a,bus=scsi,on_error=stop"]},
+            "--disk: on_error=stop is for disks with bus=virtio",
         ),
         ({"disks": ["readonly=on"]}, "--disk: a disk needs either path=PATH or nbd=URI"),
         ({"disks": ["a,nbd=nbd://b"]}, "--disk: a disk needs either path=PATH or nbd=URI"),

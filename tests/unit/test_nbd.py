@@ -37,26 +37,14 @@ from support.nbd_server import (
     NbdServer,
 )
 
-from pyvmm._core import lib
 from pyvmm.backends.storage import open_disk
 from pyvmm.errors import UsageError
-from pyvmm.virtio import blk
 from pyvmm.virtio.blk import VirtioBlk
 
 nbd_lib = pytest.importorskip("pyvmm._nbd", reason="pyvmm was built without libnbd").lib
 
 SIZE = 256 << 10
 PATTERN = b"".join(struct.pack("<Q", n) for n in range(SIZE // 8))
-
-
-@pytest.fixture(params=["io_uring", "sync"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    name: str = request.param
-    error = lib.blk_io_uring_check()
-    if name == "io_uring" and error:
-        pytest.skip(f"this kernel does not let us use io_uring: {os.strerror(-error)}")
-    monkeypatch.setattr(blk, "_choose_engine", lambda in_memory: (name, ""))
-    return name
 
 
 @pytest.fixture

@@ -29,27 +29,15 @@ from support.blk_driver import (
 )
 from support.loop_device import loop_device
 
-from pyvmm._core import lib
 from pyvmm.backends.disk import open_image
 from pyvmm.backends.storage import open_disk
 from pyvmm.errors import UsageError
-from pyvmm.virtio import blk
 from pyvmm.virtio.blk import VirtioBlk
 
 SIZE = 1 << 20
 SECTORS = SIZE // 512
 PATTERN = b"".join(struct.pack("<Q", n) for n in range(SIZE // 8))
 PIECE = 65536  # as much as the driver has buffers for
-
-
-@pytest.fixture(params=["io_uring", "sync"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    name: str = request.param
-    error = lib.blk_io_uring_check()
-    if name == "io_uring" and error:
-        pytest.skip(f"this kernel does not let us use io_uring: {os.strerror(-error)}")
-    monkeypatch.setattr(blk, "choose_engine", lambda in_memory: (name, ""))
-    return name
 
 
 @pytest.fixture
