@@ -503,6 +503,25 @@ static void write_same(struct scsi_lun *lun, struct scsi_command *command)
     run_pieces(command, BLK_WRITE);
 }
 
+/* The default format (SBC-3, 5.3): nothing but zeroes, which take no space where that is possible. */
+static void format_unit(struct scsi_lun *lun, struct scsi_command *command)
+{
+    struct scsi_disk *disk = disk_of(command);
+    struct extent nothing = {.lba = 0};
+    struct blk_range *whole;
+
+    if (!check_writable(command) || !check_extent(command, &nothing))
+        return;
+    whole = malloc(sizeof(*whole));
+    if (!whole) {
+        refuse(command, INSUFFICIENT_RESOURCES);
+        return;
+    }
+    *whole = (struct blk_range){0, capacity(disk) * disk->block_size};
+    command->private_data = whole;
+    submit_ranges(command, BLK_WRITE_ZEROES, lun->abilities & SCSI_DISK_UNMAP, 1);
+}
+
 /* The block descriptors of an UNMAP as ranges; NULL: the command is done. */
 static struct blk_range *read_descriptors(struct scsi_command *command, const uint8_t *list,
                                           uint32_t count)
@@ -632,8 +651,9 @@ static void start_stop_unit(struct scsi_lun *lun, struct scsi_command *command)
     blk_io_submit(command->io, &command->request);
 }
 
-/* The medium cannot be removed anyway. */
-static void prevent_allow(struct scsi_lun *lun, struct scsi_command *command)
+/* PREVENT ALLOW MEDIUM REMOVAL, of which the medium is incapable anyway, and SEND DIAGNOSTIC, of
+ * which there is only the default self-test, which finds nothing. */
+static void succeed(struct scsi_lun *lun, struct scsi_command *command)
 {
     (void)lun;
     good(command);
@@ -677,6 +697,7 @@ static void to_python(struct scsi_lun *lun, struct scsi_command *command)
 static const struct scsi_opcode opcodes[] = {
     {0x00, 6, NONE, {0x00}, test_unit_ready, 0},
     {0x03, 6, NONE, {0x03, 0x01, 0, 0, 0xFF}, request_sense, 0},
+    {0x04, 6, NONE, {0x04}, format_unit, 0},
     {0x08, 6, NONE, {0x08, 0x1F, 0xFF, 0xFF, 0xFF}, read_blocks, 0},
     {0x0A, 6, NONE, {0x0A, 0x1F, 0xFF, 0xFF, 0xFF}, write_blocks, 0},
     {0x12, 6, NONE, {0x12, 0x01, 0xFF, LENGTH_2}, scsi_inquiry, 0},
@@ -685,7 +706,8 @@ static const struct scsi_opcode opcodes[] = {
     {0x17, 6, NONE, {0x17}, release, 0},
     {0x1A, 6, NONE, {0x1A, 0x08, 0xFF, 0xFF, 0xFF}, PYTHON, 0},
     {0x1B, 6, NONE, {0x1B, 0x01, 0, 0, 0x05}, start_stop_unit, 0},
-    {0x1E, 6, NONE, {0x1E, 0, 0, 0, 0x03}, prevent_allow, 0},
+    {0x1D, 6, NONE, {0x1D, 0x04}, succeed, 0},
+    {0x1E, 6, NONE, {0x1E, 0, 0, 0, 0x03}, succeed, 0},
     {0x25, 10, NONE, {0x25}, read_capacity_10, 0},
     {0x28, 10, NONE, {0x28, 0x18, LBA_4, 0, LENGTH_2}, read_blocks, 0},
     {0x2A, 10, NONE, {0x2A, 0x18, LBA_4, 0, LENGTH_2}, write_blocks, 0},

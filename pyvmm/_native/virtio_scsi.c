@@ -97,7 +97,7 @@ struct virtio_scsi_found virtio_scsi_find(const struct virtio_scsi_map *map,
     if (lun[0] != 1)
         return found;
     found.address = (uint32_t)lun[1] << 16;
-    index = lower_bound(map, found.address);
+    index = lower_bound(map, found.address); /* of the target's first unit */
     if (index == map->count || map->units[index].address >> 16 != lun[1])
         return found;
     found.place = VIRTIO_SCSI_NO_UNIT;

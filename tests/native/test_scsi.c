@@ -116,7 +116,7 @@ struct queue {
     struct virtio_scsi_queue *native;
     pthread_t device_thread;
     pthread_t driver_thread;
-    bool stop; /* atomic: the driver sends no more */
+    bool ended; /* atomic: the driver has sent all of its commands, and has them back */
     unsigned answers[256];
 };
 
@@ -177,11 +177,10 @@ static void *drive(void *argument)
 
     for (unsigned i = 0; i < SLOTS; i++)
         free_slots[i] = i;
-    while (taken < sent || (sent < COMMANDS && !__atomic_load_n(&queue->stop, __ATOMIC_RELAXED))) {
+    while (taken < COMMANDS) {
         unsigned before = sent;
 
-        while (free_count > 0 && sent < COMMANDS &&
-               !__atomic_load_n(&queue->stop, __ATOMIC_RELAXED)) {
+        while (free_count > 0 && sent < COMMANDS) {
             unsigned slot = free_slots[--free_count];
 
             put_command(queue, slot, sent & 1, sent);
@@ -207,7 +206,16 @@ static void *drive(void *argument)
             taken++;
         }
     }
+    __atomic_store_n(&queue->ended, true, __ATOMIC_RELAXED);
     return NULL;
+}
+
+static bool all_ended(struct queue *queues)
+{
+    for (unsigned i = 0; i < QUEUES; i++)
+        if (!__atomic_load_n(&queues[i].ended, __ATOMIC_RELAXED))
+            return false;
+    return true;
 }
 
 /* --- functions ---------------------------------------------------------------------------------- */
@@ -243,7 +251,7 @@ static void test_units_go_while_they_are_used(enum blk_engine engine)
     struct queue queues[QUEUES];
     pthread_t thread;
     int done_fd = eventfd(0, 0);
-    unsigned ended = 0, rounds = 0;
+    unsigned ended = 0;
 
     slow_stop = false;
     CHECK(pthread_create(&thread, NULL, slow_thread, NULL) == 0);
@@ -251,7 +259,7 @@ static void test_units_go_while_they_are_used(enum blk_engine engine)
         open_queue(&queues[i], &map_of_one, engine);
         CHECK(pthread_create(&queues[i].driver_thread, NULL, drive, &queues[i]) == 0);
     }
-    for (; rounds < 300; rounds++) {
+    while (!all_ended(queues)) {
         struct slow_unit *second = create_unit();
         struct virtio_scsi_unit both[] = {{0, &first->lun}, {1, &second->lun}};
         const struct virtio_scsi_map map_of_two = {2, both};
@@ -270,11 +278,12 @@ static void test_units_go_while_they_are_used(enum blk_engine engine)
         close_unit(second);
     }
     for (unsigned i = 0; i < QUEUES; i++) {
-        __atomic_store_n(&queues[i].stop, true, __ATOMIC_RELAXED);
         CHECK(pthread_join(queues[i].driver_thread, NULL) == 0);
         close_queue(&queues[i]);
     }
+    CHECK(ended > 0);
     CHECK(queues[0].answers[SCSI_ABORTED] + queues[1].answers[SCSI_ABORTED] == ended);
+    CHECK(queues[0].answers[SCSI_DELIVERED] > COMMANDS / 4);
     pthread_mutex_lock(&slow_lock);
     slow_stop = true;
     pthread_cond_signal(&slow_changed);

@@ -223,6 +223,7 @@ class TestReadsAndWrites:
             for write in WRITES.values():
                 disk.refused(write(0, 1), WRITE_PROTECTED, out=bytes(512))
             disk.refused(cdb10(0x41, 0, 1), WRITE_PROTECTED, out=bytes(512))
+            disk.refused(b"\x04" + bytes(5), WRITE_PROTECTED)
             assert disk.ok(READS["10"](0, 1), into=512) == PATTERN[:512]
             data = disk.ok(b"\x1a\0\x3f\0\xff\0", into=255)
             assert data[2] == 0x90  # WP, DPOFUA
@@ -444,6 +445,14 @@ class TestSmallCommands:
     def test_commands_without_effect(self, disk: Disk) -> None:
         disk.ok(b"\x1e\0\0\0\x01\0")
         disk.ok(b"\x1e\0\0\0\0\0")
+        disk.ok(b"\x1d\x04\0\0\0\0")  # SEND DIAGNOSTIC, the default self-test
+        disk.invalid_cdb(b"\x1d\x40\0\0\0\0", 1, 6)
+
+    def test_format(self, disk_by: Disk) -> None:
+        disk_by.invalid_cdb(b"\x04\x10\0\0\0\0", 1, 4)
+        disk_by.ok(b"\x04" + bytes(5))
+        assert disk_by.contents == bytes(SIZE)
+        assert disk_by.path.stat().st_blocks < 64
 
     def test_unknown_commands(self, disk: Disk) -> None:
         known = {each.opcode for each in all_opcodes()}
