@@ -381,8 +381,9 @@ class VirtioScsi(PythonDevice):
             if not self._event_chains:
                 self._events_missed = True
                 continue
-            address = struct.pack(">BBHxxxx", 1, target, 0x4000 | lun)
-            self._send(event, address, reason)
+            # In the form of REPORT LUNS: Linux takes both for one number.
+            number = lun if lun < 256 else 0x4000 | lun
+            self._send(event, struct.pack(">BBHxxxx", 1, target, number), reason)
 
     def _send(self, event: int, address: bytes, reason: int) -> None:
         if self._events_missed:

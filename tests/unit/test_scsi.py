@@ -534,6 +534,11 @@ RESCAN, REMOVED = uapi.VIRTIO_SCSI_EVT_RESET_RESCAN, uapi.VIRTIO_SCSI_EVT_RESET_
 MISSED = 0x8000_0000
 
 
+def listed(target: int, lun: int) -> bytes:
+    """An address as events have it: peripheral, or flat from 256 on."""
+    return bytes((1, target)) + (lun if lun < 256 else 0x4000 | lun).to_bytes(2) + bytes(4)
+
+
 class TestUnitsThatComeAndGo:
     def test_plug(self, host: Host) -> None:
         host.plug(0, 0)
@@ -543,13 +548,13 @@ class TestUnitsThatComeAndGo:
         driver.settle(1)
         driver.offer_event_buffers(2)
         host.plug(0, 300)
-        assert driver.event() == (TRANSPORT_RESET, flat(0, 300), RESCAN)
+        assert driver.event() == (TRANSPORT_RESET, listed(0, 300), RESCAN)
         assert driver.command(bytes(6), lun=300).code == POWER_ON
         assert driver.command(READ, into=512, lun=300).status == GOOD
         assert driver.command(bytes(6), target=1).status == GOOD
         assert driver.command(bytes(6)).code == LUNS_CHANGED
         host.plug(5, 0)
-        assert driver.event() == (TRANSPORT_RESET, flat(5, 0), RESCAN)
+        assert driver.event() == (TRANSPORT_RESET, listed(5, 0), RESCAN)
         assert driver.command(bytes(6)).status == GOOD
 
     def test_report_luns_takes_the_news(self, host: Host) -> None:
@@ -567,7 +572,7 @@ class TestUnitsThatComeAndGo:
         driver.settle(lun=1)
         driver.offer_event_buffers()
         assert host.device.unplug(0, 0) is first
-        assert driver.event() == (TRANSPORT_RESET, flat(0, 0), REMOVED)
+        assert driver.event() == (TRANSPORT_RESET, listed(0, 0), REMOVED)
         assert driver.command(READ, into=512).code == NOT_SUPPORTED
         assert driver.command(bytes(6), lun=1).code == LUNS_CHANGED
         host.device.unplug(0, 1)
@@ -625,7 +630,7 @@ class TestUnitsThatComeAndGo:
         driver.offer_event_buffers(2)
         assert driver.event() == (MISSED, bytes(8), 0)  # no event, but some were missed
         host.plug(0, 1)
-        assert driver.event() == (TRANSPORT_RESET, flat(0, 1), RESCAN)
+        assert driver.event() == (TRANSPORT_RESET, listed(0, 1), RESCAN)
 
     def test_a_buffer_that_is_too_small(self, host: Host) -> None:
         driver = host.start()
@@ -652,7 +657,7 @@ class TestUnitsThatComeAndGo:
         driver.settle(2, 3)
         driver.offer_event_buffers()
         host.device.capacity_changed(2, 3)
-        assert driver.event() == (PARAM_CHANGE, flat(2, 3), 0x092A)
+        assert driver.event() == (PARAM_CHANGE, listed(2, 3), 0x092A)
         assert driver.command(bytes(6), target=2, lun=3).code == (6, 0x2A, 0x09)
 
     def test_while_no_driver_is_there(self, host: Host) -> None:

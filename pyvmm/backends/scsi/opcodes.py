@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import struct
+from functools import cache
 
 from pyvmm._core import ffi, lib
 from pyvmm.backends.scsi.command import invalid_field
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Any
 
     from pyvmm.backends.scsi.command import Command
@@ -29,8 +29,10 @@ class Opcode:
         self.usage = usage
 
 
-def opcodes(native: Any, abilities: int) -> Iterator[Opcode]:
+@cache  # a driver asks again for each disk
+def opcodes(native: Any, abilities: int) -> list[Opcode]:
     """The commands in a ``struct scsi_opcodes *`` that a unit with these abilities has."""
+    known = []
     for entry in native.table[0 : native.count]:
         if not entry.needs & ~abilities:
             action = entry.service_action
@@ -38,7 +40,8 @@ def opcodes(native: Any, abilities: int) -> Iterator[Opcode]:
             usage = bytes(ffi.buffer(entry.usage, entry.size))
             if not none:  # its place in the CDB, instead of a mask
                 usage = bytes((usage[0], usage[1] & 0xE0 | action)) + usage[2:]
-            yield Opcode(entry.opcode, None if none else action, usage)
+            known.append(Opcode(entry.opcode, None if none else action, usage))
+    return known
 
 
 def report_opcodes(command: Command, native: Any, abilities: int) -> None:
@@ -51,7 +54,7 @@ def report_opcodes(command: Command, native: Any, abilities: int) -> None:
         data = b"".join(_descriptor(each, timeouts) for each in known)
         data = struct.pack(">I", len(data)) + data
     elif option <= 3:
-        data = _one_command(list(known), option, wanted, action, timeouts)
+        data = _one_command(known, option, wanted, action, timeouts)
     else:
         raise invalid_field(2, 2)
     command.answer(data, int.from_bytes(cdb[6:10]))
