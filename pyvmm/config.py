@@ -27,6 +27,7 @@ from pyvmm.schema import (
     Texts,
     any_of,
     format_size,
+    quote_toml,
     setting,
 )
 
@@ -154,6 +155,48 @@ class ScsiConfig(Record):
 
     def to_text(self) -> str:
         return f"queues={self.queues},queue_size={self.queue_size}"
+
+
+class CdromConfig(Record, implied="path"):
+    """A CD or DVD drive behind the SCSI controller, with an ISO image in it or nothing."""
+
+    path: str = setting(
+        Path("ISO|none", words=("none",)), help="an ISO image, or none for an empty drive"
+    )
+    name: str = setting(
+        Text(longest=32), default="", help="what VM.change_medium calls the drive (cd0, cd1, ...)"
+    )
+    serial: str = setting(Text(longest=20), default="", help="serial number of the drive")
+    target: int | None = setting(Integer(0, 255), default=None, help="the SCSI target (0)")
+    lun: int | None = setting(
+        Integer(0, 16383), default=None, help="the LUN (the first that is free)"
+    )
+
+
+class DeviceOrUrl(Path):
+    """The path of a device, or a URL, which has no folder."""
+
+    def read(self, value: object, source: Source) -> str:
+        if isinstance(value, str) and "://" in value:
+            return Text().read(value, source)
+        return super().read(value, source)
+
+    def toml(self, value: str) -> str:
+        return quote_toml(value) if "://" in value else super().toml(value)
+
+
+class ScsiDeviceConfig(Record, implied="path"):
+    """A SCSI device that is passed through: one of the host, or of an iSCSI target."""
+
+    path: str = setting(
+        DeviceOrUrl("DEVICE|URL"),
+        help="/dev/sdX, /dev/srN or /dev/sgN of the host, or "
+        "iscsi://[USER%PASSWORD@]HOST[:PORT]/IQN/LUN",
+    )
+    target: int | None = setting(Integer(0, 255), default=None, help="the SCSI target (0)")
+    lun: int | None = setting(
+        Integer(0, 16383), default=None, help="the LUN (the first that is free)"
+    )
 
 
 class MacAddress(Kind):
@@ -391,11 +434,25 @@ class VmConfig(Record):
         flag="--disk",
         help="a disk: /dev/vda, then /dev/vdb and so on",
     )
+    cdroms: tuple[CdromConfig, ...] = setting(
+        Many(CdromConfig),
+        default=(),
+        group="storage",
+        flag="--cdrom",
+        help="a CD or DVD drive: /dev/sr0, then /dev/sr1 and so on",
+    )
+    scsi_devices: tuple[ScsiDeviceConfig, ...] = setting(
+        Many(ScsiDeviceConfig),
+        default=(),
+        group="storage",
+        flag="--scsi-device",
+        help="a SCSI device that is passed through: all its commands are the guest's",
+    )
     scsi: ScsiConfig | None = setting(
         One(ScsiConfig),
         default=None,
         group="storage",
-        help="the SCSI controller (default: one if there is a disk for it)",
+        help="the SCSI controller (default: one if there is something behind it)",
     )
     serial: ChardevConfig = setting(
         One(ChardevConfig),
@@ -437,36 +494,58 @@ class VmConfig(Record):
                 f"or no {name['hugepages']}"
             )
         self._check_disks_differ(name["disks"])
-        self.scsi_places(name["disks"])
-        if self.scsi is None and any(disk.bus == "scsi" for disk in self.disks):
+        self.scsi_places(name)
+        self._check_cdroms(name["cdroms"])
+        if self.scsi is None and self.scsi_units:
             self.__dict__["scsi"] = ScsiConfig()
 
-    def scsi_places(self, name: str = "--disk") -> list[tuple[int, int]]:
-        """Target and LUN of each SCSI disk, in their order.
+    @property
+    def scsi_units(self) -> list[DiskConfig | CdromConfig | ScsiDeviceConfig]:
+        """What is behind the SCSI controller."""
+        disks = [disk for disk in self.disks if disk.bus == "scsi"]
+        return [*disks, *self.cdroms, *self.scsi_devices]
+
+    def scsi_places(self, name: Mapping[str, str] | None = None) -> list[tuple[int, int]]:
+        """Target and LUN of each of `scsi_units`, in their order.
 
         Where they are not given it is target 0 and the first LUN that nobody has. UsageError when
-        a place is given twice.
+        a place is given twice; `name` is what the settings are called in it.
         """
-        disks = [disk for disk in self.disks if disk.bus == "scsi"]
+        units = self.scsi_units
         taken: set[tuple[int, int]] = set()
-        for disk in disks:
-            if disk.lun is not None:
-                place = (disk.target or 0, disk.lun)
+        for unit in units:
+            if unit.lun is not None:
+                place = (unit.target or 0, unit.lun)
                 if place in taken:
+                    key = _SETTING_OF[type(unit)]
+                    what = unit.location if isinstance(unit, DiskConfig) else unit.path
                     raise UsageError(
-                        f"{name}={disk.location}: there is a disk at target {place[0]}, "
-                        f"LUN {place[1]} already: give another lun, or none for the first that is "
-                        "free"
+                        f"{name[key] if name else key}={what}: there is something at target "
+                        f"{place[0]}, LUN {place[1]} already: "
+                        "give another lun, or none for the first that is free"
                     )
                 taken.add(place)
         places = []
-        for disk in disks:
-            target, lun = disk.target or 0, disk.lun
+        for unit in units:
+            target, lun = unit.target or 0, unit.lun
             if lun is None:
                 lun = first_free_lun(target, taken)
                 taken.add((target, lun))
             places.append((target, lun))
         return places
+
+    def cdrom_names(self) -> list[str]:
+        """What each of `cdroms` is called."""
+        return [cdrom.name or f"cd{index}" for index, cdrom in enumerate(self.cdroms)]
+
+    def _check_cdroms(self, setting: str) -> None:
+        names = self.cdrom_names()
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise UsageError(
+                    f"{setting}={self.cdroms[index].path}: there is a drive called {name} already: "
+                    "give another name"
+                )
 
     def _check_disks_differ(self, name: str) -> None:
         """Two disks on one image would corrupt it; two that only read are fine."""
@@ -496,10 +575,17 @@ class VmConfig(Record):
         if self.disks and not any(word.startswith("root=") for word in given):
             first = self.disks[0]
             device = "/dev/vda" if first.bus == "virtio" else "/dev/sda"
-            places = self.scsi_places()
+            places = [
+                place
+                for place, unit in zip(self.scsi_places(), self.scsi_units, strict=True)
+                if not isinstance(unit, CdromConfig)
+            ]
             if first.bus == "virtio" or places[0] == min(places):
                 words += [f"root={device}", "ro" if first.readonly else "rw"]
         return " ".join([*words, self.append.strip()]).strip()
+
+
+_SETTING_OF = {DiskConfig: "disks", CdromConfig: "cdroms", ScsiDeviceConfig: "scsi_devices"}
 
 
 def first_free_lun(target: int, taken: Collection[tuple[int, int]]) -> int:

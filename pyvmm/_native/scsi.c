@@ -11,6 +11,8 @@ enum {
     REPORT_LUNS = 0xA0,
     REQUEST_SENSE = 0x03,
     INQUIRY = 0x12,
+    GET_CONFIGURATION = 0x46,
+    GET_EVENT_STATUS_NOTIFICATION = 0x4A,
 };
 
 #define INVALID_OPCODE SCSI_SENSE(0x5, 0x20, 0x00)
@@ -103,14 +105,19 @@ void scsi_attention_drop(struct scsi_lun *lun, uint32_t attention)
 
 /* --- the life of a command ------------------------------------------------------------------ */
 
+/* These are executed whatever is pending (SAM-5, 5.14.2; MMC-6, 4.1.6.1). */
+static bool ignores_attentions(uint8_t opcode)
+{
+    return opcode == INQUIRY || opcode == REPORT_LUNS || opcode == REQUEST_SENSE ||
+           opcode == GET_CONFIGURATION || opcode == GET_EVENT_STATUS_NOTIFICATION;
+}
+
 void scsi_execute(struct scsi_command *command)
 {
     struct scsi_lun *lun = command->lun;
-    uint8_t opcode = command->cdb[0];
 
-    /* These are executed whatever is pending (SAM-5, 5.14.2). */
-    if (__atomic_load_n(&lun->attention_count, __ATOMIC_RELAXED) > 0 && opcode != INQUIRY &&
-        opcode != REPORT_LUNS && opcode != REQUEST_SENSE) {
+    if (__atomic_load_n(&lun->attention_count, __ATOMIC_RELAXED) > 0 &&
+        !ignores_attentions(command->cdb[0])) {
         uint32_t attention = scsi_attention_take(lun);
 
         if (attention) { /* else another worker has just reported it */

@@ -11,9 +11,12 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Of Linux' own scsi/sg.h; the C library's, which is included, lacks it. */
+/* Of Linux; the C library's scsi/sg.h lacks them. */
 #ifndef SG_SCSI_RESET_NO_ESCALATE
 #define SG_SCSI_RESET_NO_ESCALATE 0x100
+#endif
+#ifndef SG_MAX_CDB_SIZE
+#define SG_MAX_CDB_SIZE 252
 #endif
 
 /* Buffers that are larger than this are not kept. */
@@ -92,25 +95,6 @@ static void release_large(struct task *task)
     task->buffer_size = 0;
 }
 
-static void gather(const struct scsi_data *data, uint8_t *to)
-{
-    for (uint32_t i = 0; i < data->count; i++) {
-        memcpy(to, data->iov[i].iov_base, data->iov[i].iov_len);
-        to += data->iov[i].iov_len;
-    }
-}
-
-static void scatter(const uint8_t *from, uint32_t size, const struct scsi_data *data)
-{
-    for (uint32_t i = 0; i < data->count && size > 0; i++) {
-        uint32_t chunk = data->iov[i].iov_len < size ? (uint32_t)data->iov[i].iov_len : size;
-
-        memcpy(data->iov[i].iov_base, from, chunk);
-        from += chunk;
-        size -= chunk;
-    }
-}
-
 /* --- one command ---------------------------------------------------------------------------- */
 
 /* What goes to the host: a copy, for the command may end before the host is done with it. */
@@ -128,7 +112,7 @@ static void prepare(struct request *request, const struct scsi_command *command,
     memcpy(request->cdb, command->cdb, sizeof(request->cdb));
     request->size = command->out.bytes + command->in.bytes; /* one of them is 0 */
     if (command->out.bytes > 0)
-        gather(&command->out, buffer);
+        scsi_pass_gather(&command->out, buffer);
     request->header = (struct sg_io_hdr){
         .interface_id = 'S',
         .dxfer_direction = command->out.bytes > 0  ? SG_DXFER_TO_DEV
@@ -220,7 +204,7 @@ static void answer(struct pool *pool, struct request *request, struct scsi_comma
     if (command->in.bytes > 0) {
         if (header->status == 0)
             scsi_pass_patch(&pool->limits, request->cdb, buffer, moved);
-        scatter(buffer, moved, &command->in);
+        scsi_pass_scatter(buffer, moved, &command->in);
     }
 }
 
@@ -408,7 +392,8 @@ static void execute(struct scsi_lun *lun, struct scsi_command *command)
         scsi_done(command);
         return;
     }
-    if (command->out.bytes > SCSI_HOST_MAX_BYTES || command->in.bytes > SCSI_HOST_MAX_BYTES) {
+    if (command->out.bytes > SCSI_PASS_MAX_BYTES || command->in.bytes > SCSI_PASS_MAX_BYTES ||
+        scsi_pass_cdb_size(command->cdb) > SG_MAX_CDB_SIZE) {
         scsi_sense(command, SCSI_SENSE(0x5, 0x24, 0x00)); /* INVALID FIELD IN CDB */
         scsi_done(command);
         return;

@@ -15,9 +15,6 @@
 /* As many as one open /dev/sgN takes (SG_MAX_QUEUE). */
 #define SCSI_HOST_THREADS 16u
 
-/* The largest transfer that is tried; what a host allows is mostly less. */
-#define SCSI_HOST_MAX_BYTES (16u << 20)
-
 struct scsi_host;
 
 struct scsi_host_counters {

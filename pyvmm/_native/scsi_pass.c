@@ -1,5 +1,7 @@
 #include "scsi_pass.h"
 
+#include <string.h>
+
 #define QUICK_SECONDS 60u
 #define SLOW_SECONDS (24u * 3600)
 
@@ -147,4 +149,23 @@ uint32_t scsi_pass_timeout(const uint8_t *cdb)
         return QUICK_SECONDS;
     }
     return SLOW_SECONDS; /* READ(6) and WRITE(6), too: on a tape they may have to search */
+}
+
+void scsi_pass_gather(const struct scsi_data *data, uint8_t *to)
+{
+    for (uint32_t i = 0; i < data->count; i++) {
+        memcpy(to, data->iov[i].iov_base, data->iov[i].iov_len);
+        to += data->iov[i].iov_len;
+    }
+}
+
+void scsi_pass_scatter(const uint8_t *from, uint32_t size, const struct scsi_data *data)
+{
+    for (uint32_t i = 0; i < data->count && size > 0; i++) {
+        uint32_t chunk = data->iov[i].iov_len < size ? (uint32_t)data->iov[i].iov_len : size;
+
+        memcpy(data->iov[i].iov_base, from, chunk);
+        from += chunk;
+        size -= chunk;
+    }
 }

@@ -5,6 +5,9 @@
 
 #include "scsi.h"
 
+/* The largest transfer that is tried, as it takes that much memory of the monitor's. */
+#define SCSI_PASS_MAX_BYTES (16u << 20)
+
 /* What the way to the logical unit is narrower in than the logical unit itself. */
 struct scsi_pass_limits {
     uint32_t max_transfer; /* bytes in one command; 0: no limit */
@@ -34,5 +37,9 @@ void scsi_pass_patch(const struct scsi_pass_limits *limits, const uint8_t *cdb, 
 /* How long the command may take before the way to the logical unit gives up on it, in seconds:
  * longer than drivers wait for what is quick, and a day for what may format a disk. */
 uint32_t scsi_pass_timeout(const uint8_t *cdb);
+
+/* Copies all of data-out to `to`; the first `size` bytes at `from` to data-in. */
+void scsi_pass_gather(const struct scsi_data *data, uint8_t *to);
+void scsi_pass_scatter(const uint8_t *from, uint32_t size, const struct scsi_data *data);
 
 #endif

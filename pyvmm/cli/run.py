@@ -6,8 +6,8 @@ import gc
 import os
 import sys
 
-from pyvmm.config import CHARDEVS, DiskConfig, VmConfig, from_command_line
-from pyvmm.errors import EXIT_STATUSES, ExitStatus, NoKvmError
+from pyvmm.config import CHARDEVS, VmConfig, from_command_line
+from pyvmm.errors import EXIT_STATUSES, ExitStatus, NoKvmError, UsageError
 from pyvmm.schema import MIB, Boolean, Many, Record, quote_toml
 
 TYPE_CHECKING = False
@@ -182,15 +182,22 @@ def _default(name: str, record: type[Record] = VmConfig) -> str:
 
 
 def _key_tables() -> str:
-    lines = [
-        "keys of --disk KEY=VALUE,... (the path may stand first and alone; ',,' is a comma in it):"
-    ]
-    for name, each in DiskConfig.settings.items():
-        key = f"{name}={each.kind.metavar}"
-        lines.append(f"  {key:29} {each.help}{_default(name, DiskConfig)}")
-    lines += ["", "values of --serial and --console:"]
+    lines = []
+    for each in VmConfig.settings.values():
+        if isinstance(each.kind, Many):
+            lines += _key_table(each.flag, each.kind.record)
+    lines += ["values of --serial and --console:"]
     lines += [f"  {name:29} {help}" for name, help in CHARDEVS.items()]
     return "\n".join(lines) + "\n"
+
+
+def _key_table(flag: str, record: type[Record]) -> list[str]:
+    how = f" (the {record.implied} may stand first and alone; ',,' is a comma in it)"
+    lines = [f"keys of {flag} {record.metavar}{how if record.implied else ''}:"]
+    for key, each in record.settings.items():
+        word = f"{key}={each.kind.metavar}"
+        lines.append(f"  {word:29} {each.help}{_default(key, record)}")
+    return [*lines, ""]
 
 
 def _status_table() -> str:
@@ -213,6 +220,7 @@ def run(args: Arguments | argparse.Namespace) -> int:
     if reason is None:
         return _run_here(config)
     _check_files(config)
+    _check_devices(config, reason)
     if config.accel == "auto":
         print(
             f"pyvmm: {reason}; continuing in an emulated AMD-V machine (slow)",
@@ -251,6 +259,7 @@ def _show(config: VmConfig) -> int:
 
 def _check_files(config: VmConfig) -> None:
     """Opens the files as the machine will, for an error now instead of after a slow start."""
+    from pyvmm.backends.scsi.cdrom import open_medium
     from pyvmm.backends.storage import open_disk
     from pyvmm.boot.files import open_file
     from pyvmm.boot.linux import resolve_kernel
@@ -260,6 +269,20 @@ def _check_files(config: VmConfig) -> None:
         os.close(open_file(config.initrd, "initrd"))
     for disk in config.disks:
         open_disk(**disk.backend()).close()
+    for cdrom in config.cdroms:
+        if cdrom.path != "none":
+            open_medium(cdrom.path).close()
+
+
+def _check_devices(config: VmConfig, reason: str) -> None:
+    """Refuses what an emulated machine cannot have; `reason` is why it has to be one."""
+    if config.scsi_devices:
+        from pyvmm.backends.scsi.iscsi import hidden
+
+        raise UsageError(
+            f"--scsi-device={hidden(config.scsi_devices[0].path)} needs a /dev/kvm that runs Linux "
+            f"({reason}): an emulated machine sees neither the devices of this one nor its network"
+        )
 
 
 def _why_not_kvm() -> str | None:

@@ -1,4 +1,4 @@
-"""The SCSI controller of a machine and the disks behind it, those of the start and later ones."""
+"""The SCSI controller of a machine and what is behind it, from the start or later."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pyvmm._core import lib
 from pyvmm.backends.scsi.command import CommandThread
 from pyvmm.backends.scsi.disk import ScsiDisk
 from pyvmm.backends.storage import open_disk
-from pyvmm.config import first_free_lun
+from pyvmm.config import CdromConfig, DiskConfig, first_free_lun
 from pyvmm.errors import UsageError
 from pyvmm.virtio.scsi import VirtioScsi
 
@@ -18,9 +18,14 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from pyvmm.config import DiskConfig, ScsiConfig
+    from pyvmm.backends.scsi.cdrom import ScsiCdrom
+    from pyvmm.backends.scsi.host import HostDevice
+    from pyvmm.backends.scsi.iscsi import IscsiDevice
+    from pyvmm.config import ScsiConfig, ScsiDeviceConfig
+    from pyvmm.virtio.scsi import LogicalUnit
 
     Place = tuple[int, int]
+    UnitConfig = DiskConfig | CdromConfig | ScsiDeviceConfig
 
 
 class ScsiController:
@@ -35,6 +40,8 @@ class ScsiController:
         self._commands = CommandThread()
         self._lock = threading.Lock()
         self._units: dict[Place, ExitStack] = {}
+        self.cdroms: dict[str, ScsiCdrom] = {}
+        self.remarks: list[str] = []  # what the user should know
 
     def __enter__(self) -> Self:
         return self
@@ -49,10 +56,11 @@ class ScsiController:
             self.remove(*place)
         self._commands.close()
 
-    def add_disk(self, config: DiskConfig, place: Place | None = None) -> Place:
-        """Opens a disk and plugs it in; returns its target and LUN.
+    def add(self, config: UnitConfig, place: Place | None = None, name: str = "") -> Place:
+        """Opens a disk, a CD drive called `name` or a device that is passed through, and plugs it
+        in; returns its target and LUN.
 
-        UsageError when the place is taken, and as of `open_disk`.
+        UsageError when the place is taken, and as of what is opened.
         """
         with self._lock, ExitStack() as stack:
             if place is None:
@@ -61,27 +69,66 @@ class ScsiController:
                 place = (target, lun)
             if place in self._units:
                 raise UsageError(
-                    f"there is a SCSI disk at target {place[0]}, LUN {place[1]} already: "
+                    f"there is something at target {place[0]}, LUN {place[1]} already: "
                     "give another lun, or none for the first that is free"
                 )
-            image = stack.enter_context(open_disk(**config.backend() | {"threads": self._threads}))
-            lib.blk_limit_set(image.native, config.iops, config.bps)
-            disk = ScsiDisk(
-                image,
-                self._commands,
-                serial=config.serial or f"{place[0]}-{place[1]}",
-                writethrough=config.cache == "writethrough",
-            )
-            stack.callback(disk.close)
-            self.device.plug(*place, disk)
+            if isinstance(config, DiskConfig):
+                unit: LogicalUnit = self._open_disk(config, place, stack)
+            elif isinstance(config, CdromConfig):
+                unit = self._open_cdrom(config, place, name, stack)
+            else:
+                unit = self._open_device(config, stack)
+            self.device.plug(*place, unit)
             self._units[place] = stack.pop_all()
         return place
+
+    def _open_disk(self, config: DiskConfig, place: Place, stack: ExitStack) -> ScsiDisk:
+        image = stack.enter_context(open_disk(**config.backend() | {"threads": self._threads}))
+        lib.blk_limit_set(image.native, config.iops, config.bps)
+        disk = ScsiDisk(
+            image,
+            self._commands,
+            serial=config.serial or f"{place[0]}-{place[1]}",
+            writethrough=config.cache == "writethrough",
+        )
+        stack.callback(disk.close)
+        return disk
+
+    def _open_cdrom(
+        self, config: CdromConfig, place: Place, name: str, stack: ExitStack
+    ) -> ScsiCdrom:
+        from pyvmm.backends.scsi.cdrom import ScsiCdrom
+
+        drive = ScsiCdrom(self._commands, serial=config.serial or f"{place[0]}-{place[1]}")
+        stack.callback(drive.close)
+        if config.path != "none":
+            drive.insert(config.path)
+        self.cdroms[name] = drive
+        stack.callback(self.cdroms.pop, name)
+        return drive
+
+    def _open_device(self, config: ScsiDeviceConfig, stack: ExitStack) -> HostDevice | IscsiDevice:
+        device: HostDevice | IscsiDevice
+        if "://" in config.path:
+            from pyvmm.backends.scsi.iscsi import IscsiDevice
+
+            device = IscsiDevice(config.path)
+        else:
+            from pyvmm.backends.scsi.host import open_host_device
+
+            device = open_host_device(config.path)
+        stack.callback(device.close)
+        if not device.tells_limits:
+            self.device.limit_transfers(device.max_transfer)
+        if device.remark:
+            self.remarks.append(device.remark)
+        return device
 
     def remove(self, target: int, lun: int) -> None:
         """Unplugs what is there and closes it. UsageError when there is nothing."""
         with self._lock:
             stack = self._units.pop((target, lun), None)
             if stack is None:
-                raise UsageError(f"there is no SCSI disk at target {target}, LUN {lun}")
+                raise UsageError(f"there is nothing at target {target}, LUN {lun}")
             self.device.unplug(target, lun)
             stack.close()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from pyvmm.backends.chardev import Chardev
+    from pyvmm.backends.scsi.cdrom import ScsiCdrom
     from pyvmm.config import ChardevConfig, DiskConfig, ScsiConfig, VmConfig
     from pyvmm.errors import GuestCrash, PyvmmError
     from pyvmm.kvm.handles import Kvm
@@ -200,7 +201,7 @@ class VM:
         """
         from pyvmm.config import DiskConfig
 
-        return self._scsi_controller().add_disk(DiskConfig(**settings, bus="scsi"))
+        return self._scsi_controller().add(DiskConfig(**settings, bus="scsi"))
 
     def remove_scsi_disk(self, target: int, lun: int) -> None:
         """Takes a disk away from the guest; its image is free when this returns.
@@ -209,6 +210,31 @@ class VM:
         there is no such disk.
         """
         self._scsi_controller().remove(target, lun)
+
+    def change_medium(self, name: str, path: str | None, *, force: bool = False) -> None:
+        """Puts an ISO image into the CD drive `name` (``cd0`` is the first one) in place of what is
+        there, and closes its tray; None only takes out what is there.
+
+        UsageError when there is no such drive, when `path` is no image, and when the guest has
+        locked the tray, as it does while the medium is mounted: it is then asked to unmount it.
+        `force` takes it away all the same.
+        """
+        self._cdrom(name).insert(path, force=force)
+
+    def medium(self, name: str) -> str | None:
+        """The image in the CD drive `name`; None when there is none, or the guest ejected it.
+
+        UsageError when there is no such drive.
+        """
+        drive = self._cdrom(name)
+        return None if drive.tray_open else drive.path
+
+    def _cdrom(self, name: str) -> ScsiCdrom:
+        drives = self._scsi.cdroms if self._scsi is not None else {}
+        if name not in drives:
+            known = f"there are {', '.join(drives)}" if drives else "it has none"
+            raise UsageError(f"this machine has no CD drive {name}: {known}")
+        return drives[name]
 
     def _scsi_controller(self) -> ScsiController:
         if self._scsi is None:
@@ -257,9 +283,11 @@ class VM:
 
         self._scsi = stack.enter_context(ScsiController(config))
         stack.callback(setattr, self, "_scsi", None)
-        disks = [disk for disk in self.config.disks if disk.bus == "scsi"]
-        for disk, place in zip(disks, self.config.scsi_places(), strict=True):
-            self._scsi.add_disk(disk, place)
+        names = iter(self.config.cdrom_names())
+        for unit, place in zip(self.config.scsi_units, self.config.scsi_places(), strict=True):
+            self._scsi.add(unit, place, next(names) if unit in self.config.cdroms else "")
+        for remark in self._scsi.remarks:
+            self._remark(remark)
         self._devices.append(self._scsi.device)
         self._remark(self._scsi.device.engine_remark)
 

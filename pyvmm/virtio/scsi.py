@@ -38,7 +38,8 @@ _SMALL_QUEUE = 64
 MAX_TARGET: int = lib.VIRTIO_SCSI_MAX_TARGET
 MAX_LUN: int = lib.VIRTIO_SCSI_MAX_LUN
 MAX_QUEUES: int = lib.VIRTIO_SCSI_MAX_QUEUES
-MAX_SECTORS: int = lib.SCSI_DISK_MAX_TRANSFER // 512
+SECTOR = 512
+MAX_SECTORS: int = lib.SCSI_DISK_MAX_TRANSFER // SECTOR
 LARGEST_CDB, LARGEST_SENSE = 260, 252
 
 _HOTPLUG = 1 << uapi.VIRTIO_SCSI_F_HOTPLUG
@@ -118,6 +119,11 @@ class VirtioScsi(PythonDevice):
     def _default_sizes(self) -> None:
         self._config.sense_size = uapi.VIRTIO_SCSI_SENSE_DEFAULT_SIZE
         self._config.cdb_size = uapi.VIRTIO_SCSI_CDB_DEFAULT_SIZE
+
+    def limit_transfers(self, size: int) -> None:
+        """Commands to all logical units will move at most `size` bytes, as one of them has no way
+        of telling that it cannot do more. Before the driver starts."""
+        self._config.max_sectors = min(self._config.max_sectors, size // SECTOR)
 
     # Logical units
 

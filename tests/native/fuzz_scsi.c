@@ -16,6 +16,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "scsi_cdrom.h"
 #include "scsi_disk.h"
 #include "virtio_scsi.h"
 
@@ -89,8 +90,10 @@ static const uint8_t addresses[][8] = {
 
 static void put_cdb(struct input *input, uint8_t *cdb)
 {
-    const struct scsi_opcodes *opcodes = scsi_disk_opcodes();
-    const struct scsi_opcode *entry = &opcodes->table[take(input, 1) % opcodes->count];
+    const struct scsi_opcodes *disk = scsi_disk_opcodes(), *cdrom = scsi_cdrom_opcodes();
+    uint32_t index = (uint32_t)take(input, 1) % (disk->count + cdrom->count);
+    const struct scsi_opcode *entry =
+        index < disk->count ? &disk->table[index] : &cdrom->table[index - disk->count];
     uint8_t how = (uint8_t)take(input, 1);
     uint8_t lba = (uint8_t)take(input, 1), length = (uint8_t)take(input, 1);
 
@@ -200,9 +203,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         .buffer_align = setup & 8 ? 512 : 1,
     };
     struct scsi_disk disks[UNITS];
-    struct virtio_scsi_unit units[UNITS];
-    static const uint32_t places[UNITS] = {0, 5, 1 << 16 | 300};
-    const struct virtio_scsi_map map = {UNITS, units};
+    struct scsi_cdrom cdrom = {0};
+    struct virtio_scsi_unit units[UNITS + 1];
+    static const uint32_t places[UNITS + 1] = {0, 5, 1 << 16, 1 << 16 | 300};
+    const struct virtio_scsi_map map = {UNITS + 1, units};
     struct virtio_irq irq = {.status = &(uint32_t){0}, .irqfd = -1};
     int kick = eventfd(0, EFD_NONBLOCK);
     struct virtio_scsi_queue *queue;
@@ -213,6 +217,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
     if (!handoff)
         start_handoff();
+    cdrom.handoff = handoff;
     if (ftruncate(image.fd, IMAGE) < 0 || pwrite(image.fd, "image", 5, 0) != 5)
         abort();
     for (unsigned i = 0; i < UNITS; i++) {
@@ -229,8 +234,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         disks[i].lun.descriptor_sense = i == 2;
         if (i == 2)
             scsi_lun_reset(&disks[i].lun, SCSI_ATTENTION_POWER_ON);
-        units[i] = (struct virtio_scsi_unit){places[i], &disks[i].lun};
     }
+    if (scsi_cdrom_init(&cdrom, pages, 2) < 0)
+        abort();
+    scsi_cdrom_set_medium(&cdrom, setup & 128 ? NULL : &image, false);
+    for (unsigned i = 0; i <= UNITS; i++)
+        units[i].address = places[i];
+    units[0].lun = &disks[0].lun;
+    units[1].lun = &disks[1].lun;
+    units[2].lun = &cdrom.lun;
+    units[3].lun = &disks[2].lun;
     queue = virtio_scsi_queue_create(&map, sizes, BLK_ENGINE_SYNC, &memory, &config, kick, &irq);
     if (!queue)
         abort();
@@ -263,6 +276,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     for (unsigned i = 0; i < UNITS; i++)
         scsi_disk_destroy(&disks[i]);
+    scsi_cdrom_destroy(&cdrom);
     close(image.fd);
     close(kick);
     free(ram);

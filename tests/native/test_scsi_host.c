@@ -293,6 +293,28 @@ static void test_sizes_of_cdbs(void)
     CHECK(scsi_pass_cdb_size(cdb) == 16);
 }
 
+static void test_any_cdb(void)
+{
+    const struct scsi_pass_limits limits = {64 << 10, 512};
+
+    for (unsigned round = 0; round < 300000; round++) {
+        uint8_t *data = malloc(round % 32);
+        struct scsi_command command = {.cdb_size = round % 40};
+
+        for (unsigned i = 0; i < 32; i++)
+            command.cdb[i] = (uint8_t)rand();
+        command.cdb[0] = (uint8_t)round;
+        for (unsigned i = 0; i < round % 32; i++)
+            data[i] = (uint8_t)rand();
+        if (!scsi_pass_refuses(&command) && command.cdb[0] == 0x7F)
+            CHECK(scsi_pass_cdb_size(command.cdb) <= command.cdb_size);
+        CHECK(scsi_pass_cdb_size(command.cdb) <= SCSI_CDB_MAX + 3);
+        CHECK(scsi_pass_timeout(command.cdb) >= 60);
+        scsi_pass_patch(&limits, command.cdb, data, round % 32); /* AddressSanitizer looks */
+        free(data);
+    }
+}
+
 /* --- what does not ---------------------------------------------------------------------------- */
 
 static void test_what_reaches_beyond_the_device_is_refused(void)
@@ -338,11 +360,26 @@ static void test_what_reaches_beyond_the_device_is_refused(void)
     finish();
 }
 
+static void test_a_cdb_that_no_host_takes(void)
+{
+    struct scsi_command command = {.cdb = {0x7F, [7] = 252}};
+
+    begin();
+    command.worker = &rig.worker;
+    command.lun = scsi_host_lun(rig.host);
+    command.cdb_size = SCSI_CDB_MAX;
+    command.done = ended;
+    scsi_execute(&command);
+    CHECK(command.private_data && command.status == SCSI_CHECK_CONDITION);
+    CHECK(command.sense[12] == 0x24);
+    finish();
+}
+
 static void test_a_transfer_that_no_host_takes_costs_no_memory(void)
 {
     uint8_t byte;
     struct iovec iov = {&byte, 1};
-    struct scsi_command in = {.cdb = {ECHO}, .in = {&iov, 1, SCSI_HOST_MAX_BYTES + 1}};
+    struct scsi_command in = {.cdb = {ECHO}, .in = {&iov, 1, SCSI_PASS_MAX_BYTES + 1}};
     struct scsi_command out = {.cdb = {TAKE}, .out = {&iov, 1, UINT32_MAX}};
 
     begin();
@@ -549,7 +586,9 @@ int main(void)
     test_inquiry_tells_of_what_changes_on_the_way();
     test_pages_are_patched_where_they_have_the_field();
     test_sizes_of_cdbs();
+    test_any_cdb();
     test_what_reaches_beyond_the_device_is_refused();
+    test_a_cdb_that_no_host_takes();
     test_a_transfer_that_no_host_takes_costs_no_memory();
     test_failures_of_the_host();
     test_nothing_holds_up_others();

@@ -366,7 +366,7 @@ class TestScsi:
         [
             (
                 ["a,bus=scsi", "b,bus=scsi,lun=2", "c,bus=scsi,target=0,lun=2"],
-                "--disk=c: there is a disk at target 0, LUN 2 already: "
+                "--disk=c: there is something at target 0, LUN 2 already: "
                 "give another lun, or none for the first that is free",
             ),
             (["a,lun=1"], "--disk: target and lun are places of SCSI disks: add bus=scsi"),
@@ -493,3 +493,49 @@ configs = st.builds(
 def test_every_configuration_round_trips_through_toml(original: VmConfig) -> None:
     table = tomllib.loads(original.to_toml())
     assert VmConfig.from_table(table, Source("vm.toml")) == original
+
+
+class TestScsiUnits:
+    def test_cdroms_and_devices(self) -> None:
+        read = config(
+            disks=["a", "b,bus=scsi"],
+            cdroms=["x.iso", "none,name=spare,lun=7"],
+            scsi_devices=["iscsi://u%p@h/iqn.a/1", "/dev/sdb,target=2"],
+        )
+        assert read.scsi is not None
+        assert read.scsi_places() == [(0, 0), (0, 1), (0, 7), (0, 2), (2, 0)]
+        assert read.cdrom_names() == ["cd0", "spare"]
+        assert read.cdroms[1].path == "none"
+        assert read.scsi_devices[0].path == "iscsi://u%p@h/iqn.a/1"
+
+    def test_toml(self, tmp_path: Path) -> None:
+        read = config(cdroms=["x.iso", "none"], scsi_devices=["iscsi://h/iqn.a/1", "/dev/sg0"])
+        path = tmp_path / "vm.toml"
+        path.write_text(read.to_toml())
+        again = VmConfig.from_table(load_toml(str(path)), Source())
+        assert again.cdroms[0].path == str(Path("x.iso").absolute())
+        assert again.cdroms[1].path == "none"
+        assert again.scsi_devices == read.scsi_devices
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                {"cdroms": ["a,lun=3"], "scsi_devices": ["/dev/sda,lun=3"]},
+                "--scsi-device=/dev/sda: there is something at target 0, LUN 3 already: "
+                "give another lun, or none for the first that is free",
+            ),
+            (
+                {"cdroms": ["a,name=cd1", "b"]},
+                "--cdrom=b: there is a drive called cd1 already: give another name",
+            ),
+        ],
+    )
+    def test_errors(self, options: dict[str, object], message: str) -> None:
+        assert error_of(**options) == message
+
+    def test_a_cdrom_is_not_the_root(self) -> None:
+        assert "root=" not in config(cdroms=["a.iso"]).command_line()
+        assert "root=/dev/sda" in config(cdroms=["a,lun=0"], disks=["b,bus=scsi"]).command_line()
+        first = {"scsi_devices": ["/dev/sdb,lun=0"], "disks": ["b,bus=scsi"]}
+        assert "root=" not in config(**first).command_line()

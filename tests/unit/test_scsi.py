@@ -137,6 +137,13 @@ class TestConfiguration:
         assert (config.sense_size, config.cdb_size) == (96, 32)
         assert (config.max_channel, config.max_target, config.max_lun) == (0, 255, 16383)
 
+    def test_transfers_can_be_limited(self) -> None:
+        device = VirtioScsi()
+        for size, sectors in ((1 << 20, 2048), (2 << 20, 2048), (64 << 10, 128)):
+            device.limit_transfers(size)
+            config = uapi.virtio_scsi_config.from_buffer_copy(device.read_config())
+            assert config.max_sectors == sectors
+
     def test_only_two_fields_are_writable(self, host: Host) -> None:
         before = self.read(host)
         host.device.write_config(0, b"\xff" * 20)

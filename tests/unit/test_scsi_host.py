@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.loop_device import loop_device
 
-from pyvmm.backends.scsi_host import open_host_device
+from pyvmm.backends.scsi.host import open_host_device
 from pyvmm.errors import ExitStatus, UsageError
 
 NOBODY = 65534

@@ -85,7 +85,7 @@ class ScsiDisk:
                 "default_write_cache": not writethrough,
             },
         )
-        self._pages, self._data = _native_pages(self._inquiry_pages())
+        self._pages, self._data = inquiry.native_pages(self._inquiry_pages())
         error = lib.scsi_disk_init(self._disk, self._pages, len(self._pages))
         if error:
             raise OSError(-error, os.strerror(-error))
@@ -156,13 +156,3 @@ class ScsiDisk:
             assert opcode == _PERSISTENT_RESERVE_OUT
             self._reservations.change(command)
             self._disk.registered = self._reservations.key != 0
-
-
-def _native_pages(pages: dict[int, bytes]) -> tuple[Any, Any]:
-    """``struct scsi_page[]``, and what keeps its data alive."""
-    data = [ffi.new("uint8_t[]", each) for each in pages.values()]
-    entries = [
-        {"code": code, "size": len(page), "data": each}
-        for (code, page), each in zip(pages.items(), data, strict=True)
-    ]
-    return ffi.new("struct scsi_page[]", entries), data

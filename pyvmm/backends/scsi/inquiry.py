@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import struct
 
+from pyvmm._core import ffi
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 VENDOR = b"pyvmm"
 
 # Version descriptors (SPC-4, 6.6.2, table 151), without a particular revision.
@@ -95,3 +101,13 @@ def logical_block_provisioning(*, unmap: bool, zeroed: bool) -> bytes:
     flags = (0xE0 | zeroed << 2) if unmap else 0
     thin = 2
     return struct.pack(">BBBB", 0, flags, thin if unmap else 0, 0)
+
+
+def native_pages(pages: dict[int, bytes]) -> tuple[Any, Any]:
+    """Pages by their code as ``struct scsi_page[]``, and what keeps their data alive."""
+    data = [ffi.new("uint8_t[]", each) for each in pages.values()]
+    entries = [
+        {"code": code, "size": len(page), "data": each}
+        for (code, page), each in zip(pages.items(), data, strict=True)
+    ]
+    return ffi.new("struct scsi_page[]", entries), data

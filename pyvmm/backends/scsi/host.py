@@ -32,17 +32,30 @@ _CAP_SYS_RAWIO = 1 << 17
 # Of SPC-4, 6.6.2: what we can say in a word.
 _TYPES = {0x00: "disk", 0x01: "tape", 0x05: "CD drive", 0x07: "optical disk", 0x08: "changer"}
 _NO_DEVICE = 0x1F
+_BLOCK_LIMITS = 0xB0  # a VPD page
 
 
 class HostDevice:
-    """An open SCSI device of the host; use it as a context manager or `close` it.
+    """A logical unit that is a SCSI device of the host; use it as a context manager or `close` it.
 
-    `max_transfer` is how many bytes one command may move, `block_size` the size of a logical
+    `native` is its ``struct scsi_lun *``. `max_transfer` is how many bytes one command may move,
+    which the guest finds in its VPD pages if `tells_limits`; `block_size` is the size of a logical
     block (0: it has none, or no medium). `description` says in words what it is, `remark` what the
     user should know (mostly nothing).
     """
 
-    __slots__ = ("_claim", "block_size", "description", "fd", "max_transfer", "path", "remark")
+    __slots__ = (
+        "_claim",
+        "_host",
+        "block_size",
+        "description",
+        "fd",
+        "max_transfer",
+        "native",
+        "path",
+        "remark",
+        "tells_limits",
+    )
 
     def __init__(self, path: str, fd: int, claim: int) -> None:
         self.path = path
@@ -60,6 +73,18 @@ class HostDevice:
         self.description = " ".join([kind, *words])
         capacity = _query(fd, bytes([0x25]) + bytes(9), 8)
         self.block_size = int.from_bytes(capacity[4:8], "big") if len(capacity) == 8 else 0
+        self._host = lib.scsi_host_create(
+            fd,
+            ffi.new(
+                "struct scsi_pass_limits *",
+                {"max_transfer": self.max_transfer, "block_size": self.block_size},
+            ),
+        )
+        if self._host == ffi.NULL:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        self.native = lib.scsi_host_lun(self._host)
+        pages = _query(fd, bytes([0x12, 1, 0, 0, 252, 0]), 252)
+        self.tells_limits = _BLOCK_LIMITS in pages[4:]
         self.remark = ""
         if not _may_do_all():
             self.remark = (
@@ -68,8 +93,9 @@ class HostDevice:
             )
 
     def close(self) -> None:
-        """Closes it, and lets others have it; idempotent."""
+        """Closes it, and lets others have it; idempotent. No command may be under way."""
         if self.fd >= 0:
+            lib.scsi_host_destroy(self._host)
             os.close(self.fd)
             if self._claim >= 0:
                 os.close(self._claim)
@@ -209,7 +235,7 @@ def _max_transfer(fd: int, status: os.stat_result) -> int:
         segments = _read_number(f"{queue}/max_segments")
     if segments > 0:
         size = min(size, segments * _PAGE_SIZE)
-    return int(min(size, lib.SCSI_HOST_MAX_BYTES))
+    return int(min(size, lib.SCSI_PASS_MAX_BYTES))
 
 
 def _read_number(path: str) -> int:
