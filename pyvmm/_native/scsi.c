@@ -331,13 +331,30 @@ static const struct scsi_opcode *search(const struct scsi_opcodes *opcodes, uint
     return opcodes->table + low;
 }
 
+/* Whether a bit of the CDB is set that is not evaluated. */
+static bool has_extra_bits(const uint8_t *cdb, const struct scsi_opcode *entry)
+{
+    uint64_t given[2], usage[2];
+
+    memcpy(given, cdb, sizeof(given)); /* a CDB has room for the longest */
+    memcpy(usage, entry->usage, sizeof(usage));
+    if (entry->size < 8)
+        given[0] &= (1ull << 8 * entry->size) - 1;
+    if (entry->size < 16)
+        given[1] &= entry->size > 8 ? (1ull << 8 * (entry->size - 8)) - 1 : 0;
+    return (given[0] & ~usage[0]) | (given[1] & ~usage[1]);
+}
+
 const struct scsi_opcode *scsi_find(const struct scsi_opcodes *opcodes, uint32_t abilities,
                                     struct scsi_command *command)
 {
-    const uint8_t *cdb = command->cdb;
+    uint8_t *cdb = command->cdb;
     const struct scsi_opcode *end = opcodes->table + opcodes->count;
     const struct scsi_opcode *entry = search(opcodes, (uint32_t)cdb[0] << 16);
 
+    /* As long as they do not know a unit's version, drivers put the LUN there, as in SCSI-2. */
+    if (cdb[0] == INQUIRY)
+        cdb[1] &= 0x1F;
     if (entry == end || entry->opcode != cdb[0] || (entry->needs & ~abilities)) {
         scsi_sense(command, INVALID_OPCODE);
         return NULL;
@@ -356,15 +373,17 @@ const struct scsi_opcode *scsi_find(const struct scsi_opcodes *opcodes, uint32_t
         scsi_invalid_field(command, command->cdb_size, -1);
         return NULL;
     }
+    if (!has_extra_bits(cdb, entry))
+        return entry;
     for (uint32_t i = 1; i < entry->size; i++) {
         uint8_t extra = cdb[i] & (uint8_t)~entry->usage[i];
 
         if (extra) {
             scsi_invalid_field(command, i, 31 - __builtin_clz(extra));
-            return NULL;
+            break;
         }
     }
-    return entry;
+    return NULL;
 }
 
 static void answer_inquiry(struct scsi_lun *lun, struct scsi_command *command)

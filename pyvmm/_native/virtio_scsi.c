@@ -83,45 +83,44 @@ static uint32_t lower_bound(const struct virtio_scsi_map *map, uint32_t address)
     return low;
 }
 
+/* The LUN in an address: peripheral with bus 0, or flat space (SAM-5, 4.7.5). UINT32_MAX: none. */
+static uint32_t lun_of(const uint8_t address[8])
+{
+    if ((address[2] != 0 && address[2] >> 6 != 1) ||
+        (address[4] | address[5] | address[6] | address[7]))
+        return UINT32_MAX;
+    return (uint32_t)(address[2] & 0x3F) << 8 | address[3];
+}
+
 struct virtio_scsi_found virtio_scsi_find(const struct virtio_scsi_map *map,
                                           const uint8_t lun[8])
 {
     static const uint8_t all_targets[8] = {0xC1, 0x01};
-    struct virtio_scsi_found found = {.place = VIRTIO_SCSI_NO_TARGET};
-    uint32_t index, number;
+    static const uint8_t well_known[6] = {0xC1, 0x01}; /* SAM-5, 4.7.5.5 */
+    uint32_t target = (uint32_t)lun[1] << 16, number = lun_of(lun), index;
+    struct virtio_scsi_found found = {.place = VIRTIO_SCSI_NO_TARGET, .address = target | 0xFFFF};
 
-    if (memcmp(lun, all_targets, sizeof(all_targets)) == 0) {
-        found.place = VIRTIO_SCSI_ALL_TARGETS;
+    if (lun[0] != 1) {
+        if (memcmp(lun, all_targets, sizeof(all_targets)) == 0)
+            found.place = VIRTIO_SCSI_ALL_TARGETS;
         return found;
     }
-    if (lun[0] != 1)
-        return found;
-    found.address = (uint32_t)lun[1] << 16;
-    index = lower_bound(map, found.address); /* of the target's first unit */
-    if (index == map->count || map->units[index].address >> 16 != lun[1])
-        return found;
-    found.place = VIRTIO_SCSI_NO_UNIT;
-    found.address |= 0xFFFF; /* for what is no number */
-    if (lun[4] | lun[5] | lun[6] | lun[7])
-        return found;
-    if (lun[2] == 0xC1 && lun[3] == 0x01) { /* extended addressing (SAM-5, 4.7.5.5) */
-        found.place = VIRTIO_SCSI_WELL_KNOWN;
-        return found;
+    if (number != UINT32_MAX) {
+        found.address = target | number;
+        /* As a rule they are all at target 0, without gaps. */
+        index = number;
+        if (index >= map->count || map->units[index].address != found.address)
+            index = lower_bound(map, found.address);
+        if (index < map->count && map->units[index].address == found.address) {
+            found.place = VIRTIO_SCSI_UNIT;
+            found.lun = map->units[index].lun;
+            return found;
+        }
     }
-    /* The peripheral method with bus 0, or flat space addressing (SAM-5, 4.7.5). */
-    if (lun[2] != 0 && lun[2] >> 6 != 1)
-        return found;
-    number = (uint32_t)(lun[2] & 0x3F) << 8 | lun[3];
-    found.address = (uint32_t)lun[1] << 16 | number;
-    /* As a rule they are numbered without gaps. */
-    if (number < map->count - index && map->units[index + number].address == found.address)
-        index += number;
-    else
-        index = lower_bound(map, found.address);
-    if (index < map->count && map->units[index].address == found.address) {
-        found.place = VIRTIO_SCSI_UNIT;
-        found.lun = map->units[index].lun;
-    }
+    index = lower_bound(map, target);
+    if (index < map->count && map->units[index].address >> 16 == lun[1])
+        found.place = memcmp(lun + 2, well_known, sizeof(well_known)) == 0 ? VIRTIO_SCSI_WELL_KNOWN
+                                                                         : VIRTIO_SCSI_NO_UNIT;
     return found;
 }
 
