@@ -125,6 +125,16 @@ static bool check_transfer_length(struct scsi_command *command, const struct ext
     return false;
 }
 
+/* Cuts `data` to what the command transfers. */
+static bool check_data(struct scsi_command *command, struct scsi_data *data, uint32_t bytes)
+{
+    if (scsi_data_trim(data, bytes))
+        return true;
+    command->delivery = SCSI_OVERRUN;
+    scsi_done(command);
+    return false;
+}
+
 /* --- reads and writes ------------------------------------------------------------------------ */
 
 #define FUA 0x08 /* in byte 1 of all but the 6-byte CDBs */
@@ -177,11 +187,7 @@ static bool prepare_transfer(struct scsi_command *command, const struct extent *
 {
     if (!check_transfer_length(command, extent) || !check_extent(command, extent))
         return false;
-    if (scsi_data_trim(data, extent->blocks * disk_of(command)->block_size))
-        return true;
-    command->delivery = SCSI_OVERRUN;
-    scsi_done(command);
-    return false;
+    return check_data(command, data, extent->blocks * disk_of(command)->block_size);
 }
 
 static void read_blocks(struct scsi_lun *lun, struct scsi_command *command)
@@ -405,11 +411,8 @@ static void verify(struct scsi_lun *lun, struct scsi_command *command)
         good(command);
         return;
     }
-    if (!scsi_data_trim(&command->out, expected * block_size)) {
-        command->delivery = SCSI_OVERRUN;
-        scsi_done(command);
+    if (!check_data(command, &command->out, expected * block_size))
         return;
-    }
     pieces = create_pieces(command, &extent);
     if (!pieces)
         return;
@@ -480,11 +483,8 @@ static void write_same(struct scsi_lun *lun, struct scsi_command *command)
     }
     if (!check_writable(command) || !check_extent(command, &extent))
         return;
-    if (!scsi_data_trim(&command->out, has_block ? disk->block_size : 0)) {
-        command->delivery = SCSI_OVERRUN;
-        scsi_done(command);
+    if (!check_data(command, &command->out, has_block ? disk->block_size : 0))
         return;
-    }
     pieces = create_pieces(command, &extent);
     if (!pieces)
         return;
