@@ -47,6 +47,7 @@ struct virtio_scsi_queue {
     uint32_t response_size; /* of the header with its sense data */
     uint32_t cdb_size;
     bool stopping; /* atomic */
+    bool cancelling; /* atomic: what is in flight when it stops */
     bool armed;    /* the driver was asked to notify of the chain after armed_at */
     uint16_t armed_at;
     struct virtq vq;
@@ -654,6 +655,7 @@ static void cancel_all(struct virtio_scsi_queue *queue)
         if (command->lun && command->lun->ops->cancel)
             command->lun->ops->cancel(command->lun, command);
     }
+    blk_io_cancel_held(queue->io);
 }
 
 /* Waits for the commands that the engine has no part in. */
@@ -686,7 +688,8 @@ static int serve(struct virtio_scsi_queue *queue)
         publish(queue);
         error = blk_io_wait(queue->io, !more && !queue->vq.broken); /* a stop ends it, too */
     } while (!error && !queue->vq.broken && !__atomic_load_n(&queue->stopping, __ATOMIC_ACQUIRE));
-    cancel_all(queue);
+    if (__atomic_load_n(&queue->cancelling, __ATOMIC_RELAXED) || queue->vq.broken)
+        cancel_all(queue);
     collect_finished(queue);
     while (!error && queue->in_flight > 0) {
         error = blk_io_wait(queue->io, true);
@@ -732,9 +735,15 @@ int virtio_scsi_queue_run(struct virtio_scsi_queue *queue)
     return result;
 }
 
-void virtio_scsi_queue_stop(struct virtio_scsi_queue *queue)
+void virtio_scsi_queue_stop(struct virtio_scsi_queue *queue, bool cancel)
 {
+    __atomic_store_n(&queue->cancelling, cancel, __ATOMIC_RELAXED);
     __atomic_store_n(&queue->stopping, true, __ATOMIC_RELEASE);
+    eventfd_signal(queue->kick_fd);
+}
+
+void virtio_scsi_queue_wake(struct virtio_scsi_queue *queue)
+{
     eventfd_signal(queue->kick_fd);
 }
 

@@ -104,14 +104,16 @@ struct virtio_scsi_queue *virtio_scsi_queue_create(const struct virtio_scsi_map 
                                                    struct virtio_irq *irq);
 void virtio_scsi_queue_destroy(struct virtio_scsi_queue *queue);
 
-/* Serves the queue until it is stopped or broken: an enum virtio_scsi_result or -errno. Commands
- * that are then in flight are cancelled. On return there is none, and guest memory is not touched
- * any more. */
+/* Serves the queue until it is stopped or broken: an enum virtio_scsi_result or -errno. On return
+ * no command is in flight, and guest memory is not touched any more. */
 int virtio_scsi_queue_run(struct virtio_scsi_queue *queue);
 
-/* Makes virtio_scsi_queue_run return; one that has not started yet, after a look at the ring. Any
- * thread. */
-void virtio_scsi_queue_stop(struct virtio_scsi_queue *queue);
+/* Makes virtio_scsi_queue_run return; one that has not started yet, after a look at the ring. With
+ * `cancel`, commands that are in flight are to end soon instead of well. Any thread. */
+void virtio_scsi_queue_stop(struct virtio_scsi_queue *queue, bool cancel);
+
+/* Has the queue look at limits of images that have changed. Any thread. */
+void virtio_scsi_queue_wake(struct virtio_scsi_queue *queue);
 
 /* Any thread. */
 struct virtio_scsi_counters virtio_scsi_queue_counters(const struct virtio_scsi_queue *queue);

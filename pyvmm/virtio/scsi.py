@@ -147,13 +147,25 @@ class VirtioScsi(PythonDevice):
             self._tell(_HOTPLUG, uapi.VIRTIO_SCSI_T_TRANSPORT_RESET, (target, lun), _REMOVED)
             return unit
 
-    def capacity_changed(self, target: int, lun: int) -> None:
-        """Tells the driver of it (5.6.6.3), also by a unit attention condition."""
+    def change_capacity(self, target: int, lun: int, change: Callable[[], None]) -> None:
+        """Calls ``change()`` while no command is in flight, then tells the driver (5.6.6.3), also
+        by a unit attention condition. What `change` raises goes on, and nobody is told."""
         with self._lock:
             unit = self._units[target, lun]
+            self._stop(cancel=False)
+            try:
+                change()
+            finally:
+                self._start()
             lib.scsi_attention(unit.native, lib.SCSI_ATTENTION_CAPACITY_CHANGED)
             place = (target, lun)
             self._tell(_CHANGE, uapi.VIRTIO_SCSI_T_PARAM_CHANGE, place, _CAPACITY_CHANGED)
+
+    def limits_changed(self) -> None:
+        """The limits of an image have changed: who waits looks at them again."""
+        with self._lock:
+            for native in self._natives:
+                lib.virtio_scsi_queue_wake(native)
 
     def units(self) -> dict[tuple[int, int], LogicalUnit]:
         """The logical units by their places."""
@@ -216,12 +228,7 @@ class VirtioScsi(PythonDevice):
                 if native == ffi.NULL:
                     raise OSError(ffi.errno, os.strerror(ffi.errno))
                 self._natives.append(native)
-            for index, native in enumerate(self._natives):
-                thread = threading.Thread(
-                    target=self._serve_requests, args=(native,), name=f"scsi{index}", daemon=True
-                )
-                thread.start()
-                self._threads.append(thread)
+            self._start()
             super().activate(
                 Activation(
                     activation.memory,
@@ -234,10 +241,7 @@ class VirtioScsi(PythonDevice):
     def deactivate(self) -> None:
         """Ends what is in flight, stops the threads and frees the queues."""
         with self._lock:
-            for native in self._natives:
-                lib.virtio_scsi_queue_stop(native)
-            for thread in self._threads:
-                thread.join()
+            self._stop(cancel=True)
             super().deactivate()
             for native in self._natives:
                 lib.virtio_scsi_queue_destroy(native)
@@ -245,7 +249,7 @@ class VirtioScsi(PythonDevice):
                 if fd >= 0:
                     os.close(fd)
             self._inbox_fd = self._done_fd = -1
-            self._natives, self._threads = [], []
+            self._natives = []
             self._features = 0
         self._default_sizes()
 
@@ -259,6 +263,21 @@ class VirtioScsi(PythonDevice):
                 for name in totals:
                     totals[name] += getattr(counters, name)
         return totals
+
+    def _start(self) -> None:
+        for index, native in enumerate(self._natives):
+            thread = threading.Thread(
+                target=self._serve_requests, args=(native,), name=f"scsi{index}", daemon=True
+            )
+            thread.start()
+            self._threads.append(thread)
+
+    def _stop(self, *, cancel: bool) -> None:
+        for native in self._natives:
+            lib.virtio_scsi_queue_stop(native, cancel)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
 
     def _serve_requests(self, native: Any) -> None:
         result = lib.virtio_scsi_queue_run(native)

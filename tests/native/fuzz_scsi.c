@@ -260,7 +260,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         ram[setup & 64 ? gpa % BUFFERS : gpa] = (uint8_t)take(&input, 1);
     }
 
-    virtio_scsi_queue_stop(queue); /* so that it makes one pass */
+    virtio_scsi_queue_stop(queue, true); /* so that it makes one pass */
     if (virtio_scsi_queue_run(queue) < 0)
         abort();
     virtio_scsi_queue_destroy(queue);

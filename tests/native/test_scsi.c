@@ -146,7 +146,7 @@ static void open_queue(struct queue *queue, const struct virtio_scsi_map *map, e
 
 static void close_queue(struct queue *queue)
 {
-    virtio_scsi_queue_stop(queue->native);
+    virtio_scsi_queue_stop(queue->native, true);
     CHECK(pthread_join(queue->device_thread, NULL) == 0);
     virtio_scsi_queue_destroy(queue->native);
     close(queue->kick);
@@ -313,7 +313,7 @@ static void test_a_stop_waits(enum blk_engine engine)
         pthread_mutex_unlock(&slow_lock);
     }
     cancelled = 0;
-    virtio_scsi_queue_stop(queue.native);
+    virtio_scsi_queue_stop(queue.native, true);
     while (__atomic_load_n(&cancelled, __ATOMIC_RELAXED) == 0)
         usleep(100);
     slow_stop = true; /* after what is in its list */

@@ -541,6 +541,10 @@ RESCAN, REMOVED = uapi.VIRTIO_SCSI_EVT_RESET_RESCAN, uapi.VIRTIO_SCSI_EVT_RESET_
 MISSED = 0x8000_0000
 
 
+def check(condition: bool) -> None:
+    assert condition
+
+
 def listed(target: int, lun: int) -> bytes:
     """An address as events have it: peripheral, or flat from 256 on."""
     return bytes((1, target)) + (lun if lun < 256 else 0x4000 | lun).to_bytes(2) + bytes(4)
@@ -652,7 +656,7 @@ class TestUnitsThatComeAndGo:
         )
         driver.offer_event_buffers()
         host.plug(0, 0)
-        host.device.capacity_changed(0, 0)
+        host.device.change_capacity(0, 0, lambda: None)
         driver.settle()
         events = driver.driver.queues[EVENTS]
         assert events is not None
@@ -663,9 +667,25 @@ class TestUnitsThatComeAndGo:
         driver = host.start()
         driver.settle(2, 3)
         driver.offer_event_buffers()
-        host.device.capacity_changed(2, 3)
+        host.device.change_capacity(2, 3, lambda: None)
         assert driver.event() == (PARAM_CHANGE, listed(2, 3), 0x092A)
         assert driver.command(bytes(6), target=2, lun=3).code == (6, 0x2A, 0x09)
+
+    def test_a_change_waits_for_what_is_in_flight(self, host: Host) -> None:
+        unit = host.plug(0, 0)
+        driver = host.start()
+        driver.settle()
+        unit.holds = True
+        driver.start((driver.header(MODE_SENSE, flat(0, 0)),), (108, 255))
+        assert unit.entered.wait(10)
+        threading.Timer(0.2, unit.release).start()
+        host.device.change_capacity(0, 0, lambda: check(unit.released.is_set()))
+        (data,) = driver.driver.replies(FIRST_REQUEST_QUEUE)
+        assert driver.parse(data, len(data), 255).status == GOOD
+        assert driver.command(bytes(6)).code == (6, 0x2A, 9)
+        with pytest.raises(AssertionError):
+            host.device.change_capacity(0, 0, lambda: check(False))
+        assert driver.command(bytes(6)).status == GOOD
 
     def test_while_no_driver_is_there(self, host: Host) -> None:
         host.plug(0, 0)

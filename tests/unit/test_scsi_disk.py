@@ -9,7 +9,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from support.scsi_driver import CHECK_CONDITION, GOOD, RESERVATION_CONFLICT, Reply, ScsiDriver
+from support.scsi_driver import (
+    CHECK_CONDITION,
+    GOOD,
+    RESERVATION_CONFLICT,
+    Reply,
+    ScsiDriver,
+    flat,
+)
 
 from pyvmm._core import lib
 from pyvmm.backends.disk import open_image
@@ -17,7 +24,7 @@ from pyvmm.backends.scsi.command import CommandThread
 from pyvmm.backends.scsi.disk import ScsiDisk
 from pyvmm.virtio import _generated_uapi as uapi
 from pyvmm.virtio import scsi
-from pyvmm.virtio.scsi import VirtioScsi
+from pyvmm.virtio.scsi import FIRST_REQUEST_QUEUE, VirtioScsi
 
 SIZE = 4 << 20
 BLOCKS = SIZE // 512
@@ -793,10 +800,25 @@ def test_4096_byte_blocks(tmp_path: Path) -> None:
         commands.close()
 
 
+def test_limits(disk: Disk) -> None:
+    """A reset does not wait for what a limit holds; another limit lets it go."""
+    lib.blk_limit_set(disk.unit.image.native, 1, 0)
+    queue = FIRST_REQUEST_QUEUE
+    for _ in range(3):
+        disk.start((disk.header(READS["10"](0, 1), flat(0, 0)),), (108, 512))
+    disk.driver.reset()
+    disk.driver.start()
+    disk.settle()
+    for _ in range(3):
+        disk.start((disk.header(READS["10"](0, 1), flat(0, 0)),), (108, 512))
+    lib.blk_limit_set(disk.unit.image.native, 0, 0)
+    disk.device.limits_changed()
+    replies = disk.driver.replies(queue, 3)
+    assert [disk.parse(data, len(data), 512).status for data in replies] == [GOOD] * 3
+
+
 def test_a_capacity_that_changed(disk: Disk) -> None:
-    os.truncate(disk.path, SIZE * 2)
-    disk.unit.image.native.size = SIZE * 2
-    disk.device.capacity_changed(0, 0)
+    disk.device.change_capacity(0, 0, lambda: disk.unit.image.resize(SIZE * 2))
     disk.refused(READS["10"](BLOCKS, 1), (6, 0x2A, 0x09), into=512)
     assert disk.ok(READS["10"](BLOCKS, 1), into=512) == bytes(512)
     assert disk.ok(b"\x25" + bytes(9), into=8) == struct.pack(">II", 2 * BLOCKS - 1, 512)
