@@ -567,14 +567,12 @@ void virtio_scsi_post(struct virtio_scsi_function *function,
     end_part(function);
 }
 
+/* With the lock held. */
 static void work_on_posted(struct virtio_scsi_queue *queue)
 {
-    struct virtio_scsi_part *part;
+    struct virtio_scsi_part *part = queue->posted;
 
-    pthread_mutex_lock(&queue->lock);
-    part = queue->posted;
     __atomic_store_n(&queue->posted, NULL, __ATOMIC_RELAXED);
-    pthread_mutex_unlock(&queue->lock);
     while (part) {
         struct virtio_scsi_part *next = part->next;
 
@@ -678,13 +676,15 @@ static int serve(struct virtio_scsi_queue *queue)
         bool posted = __atomic_load_n(&queue->posted, __ATOMIC_RELAXED);
         bool more = start_available(queue);
 
-        collect_finished(queue);
         if (posted) {
             /* What the driver asked for before is started, and so found. */
             while (more)
                 more = start_available(queue);
+            pthread_mutex_lock(&queue->lock);
             work_on_posted(queue);
+            pthread_mutex_unlock(&queue->lock);
         }
+        collect_finished(queue);
         publish(queue);
         error = blk_io_wait(queue->io, !more && !queue->vq.broken); /* a stop ends it, too */
     } while (!error && !queue->vq.broken && !__atomic_load_n(&queue->stopping, __ATOMIC_ACQUIRE));
@@ -702,20 +702,30 @@ static int serve(struct virtio_scsi_queue *queue)
     return queue->vq.broken ? VIRTIO_SCSI_BROKEN : VIRTIO_SCSI_STOPPED;
 }
 
-static void set_running(struct virtio_scsi_queue *queue, bool running)
+/* From now on functions are posted to the queue. */
+static void begin_running(struct virtio_scsi_queue *queue)
 {
     pthread_mutex_lock(&queue->lock);
-    queue->running = running;
+    queue->running = true;
     pthread_mutex_unlock(&queue->lock);
-    if (running)
-        return;
-    work_on_posted(queue);
-    while (queue->working) { /* only if the engine failed: nobody will end these commands */
+}
+
+/* From now on those who post functions do the queue's part themselves. */
+static void end_running(struct virtio_scsi_queue *queue)
+{
+    pthread_mutex_lock(&queue->lock);
+    queue->running = false;
+    /* Only if the engine failed: nobody will end these commands, and nobody is to wait. */
+    for (uint32_t i = 0; i < queue->vq.size; i++)
+        queue->slots[i].in_flight = false;
+    while (queue->working) {
         struct virtio_scsi_part *part = queue->working;
 
         queue->working = part->next;
         end_part(part->function);
     }
+    work_on_posted(queue);
+    pthread_mutex_unlock(&queue->lock);
 }
 
 int virtio_scsi_queue_run(struct virtio_scsi_queue *queue)
@@ -725,11 +735,11 @@ int virtio_scsi_queue_run(struct virtio_scsi_queue *queue)
     queue->io = blk_io_create(queue->engine, queue->vq.size);
     if (!queue->io)
         return -errno;
-    set_running(queue, true);
+    begin_running(queue);
     result = blk_io_watch(queue->io, queue->kick_fd);
     if (result == 0)
         result = serve(queue);
-    set_running(queue, false);
+    end_running(queue);
     blk_io_destroy(queue->io);
     __atomic_store_n(&queue->stopping, false, __ATOMIC_RELAXED);
     return result;
