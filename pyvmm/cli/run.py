@@ -8,7 +8,7 @@ import sys
 
 from pyvmm.config import CHARDEVS, VmConfig, from_command_line
 from pyvmm.errors import EXIT_STATUSES, ExitStatus, NoKvmError, UsageError
-from pyvmm.schema import MIB, Boolean, Many, Record, quote_toml
+from pyvmm.schema import MIB, Boolean, Many, One, Record, quote_toml
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _default(name: str, record: type[Record] = VmConfig) -> str:
 def _key_tables() -> str:
     lines = []
     for each in VmConfig.settings.values():
-        if isinstance(each.kind, Many):
+        if isinstance(each.kind, (Many, One)) and each.kind.metavar == Record.metavar:
             lines += _key_table(each.flag, each.kind.record)
     lines += ["values of --serial and --console:"]
     lines += [f"  {name:29} {help}" for name, help in CHARDEVS.items()]

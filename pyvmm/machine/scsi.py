@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from pyvmm.backends.disk import Image
     from pyvmm.backends.scsi.cdrom import ScsiCdrom
     from pyvmm.backends.scsi.host import HostDevice
     from pyvmm.backends.scsi.iscsi import IscsiDevice
@@ -26,6 +27,24 @@ if TYPE_CHECKING:
 
     Place = tuple[int, int]
     UnitConfig = DiskConfig | CdromConfig | ScsiDeviceConfig
+
+
+class PluggedDisk:
+    """A disk behind the controller, whose size and limits can be changed."""
+
+    def __init__(self, device: VirtioScsi, place: Place, image: Image) -> None:
+        self._device = device
+        self._place = place
+        self._image = image
+
+    def resize(self, size: int | None = None) -> None:
+        """As of `VirtioBlk.resize`."""
+        self._device.change_capacity(*self._place, lambda: self._image.resize(size))
+
+    def limit(self, *, iops: int = 0, bps: int = 0) -> None:
+        """As of `VirtioBlk.limit`."""
+        lib.blk_limit_set(self._image.native, iops, bps)
+        self._device.limits_changed()
 
 
 class ScsiController:
@@ -40,6 +59,7 @@ class ScsiController:
         self._commands = CommandThread()
         self._lock = threading.Lock()
         self._units: dict[Place, ExitStack] = {}
+        self.disks: dict[str, PluggedDisk] = {}  # by TARGET:LUN
         self.cdroms: dict[str, ScsiCdrom] = {}
         self.remarks: list[str] = []  # what the user should know
 
@@ -84,6 +104,9 @@ class ScsiController:
 
     def _open_disk(self, config: DiskConfig, place: Place, stack: ExitStack) -> ScsiDisk:
         image = stack.enter_context(open_disk(**config.backend() | {"threads": self._threads}))
+        name = f"{place[0]}:{place[1]}"
+        self.disks[name] = PluggedDisk(self.device, place, image)
+        stack.callback(self.disks.pop, name)
         lib.blk_limit_set(image.native, config.iops, config.bps)
         disk = ScsiDisk(
             image,

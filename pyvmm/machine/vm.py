@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyvmm.kvm.handles import Kvm
     from pyvmm.machine.board import Board
     from pyvmm.machine.chassis import ChassisBuilder
-    from pyvmm.machine.scsi import ScsiController
+    from pyvmm.machine.scsi import PluggedDisk, ScsiController
     from pyvmm.schema import Kind
     from pyvmm.virtio.blk import VirtioBlk
     from pyvmm.virtio.device import VirtioDevice
@@ -158,7 +158,8 @@ class VM:
                 self._board.resume()
 
     def resize_disk(self, name: str, size: int | str | None = None) -> None:
-        """Makes a disk larger and tells the guest; `name` is that in a Linux guest, such as vda.
+        """Makes a disk larger and tells the guest; `name` is that in a Linux guest, such as vda,
+        or TARGET:LUN of a SCSI disk.
 
         `size` is in bytes or text such as "20G"; None takes over what the image or block device
         has become on the host. Raises UsageError.
@@ -181,11 +182,13 @@ class VM:
             bps=_number(settings["bps"].kind, "bps", bps),
         )
 
-    def _disk(self, name: str) -> VirtioBlk:
-        if name not in self._disks:
-            there = ", ".join(self._disks) or "none"
-            raise UsageError(f"there is no disk {name} (there: {there})")
-        return self._disks[name]
+    def _disk(self, name: str) -> VirtioBlk | PluggedDisk:
+        disks: dict[str, VirtioBlk | PluggedDisk] = {**self._disks}
+        if self._scsi is not None:
+            disks.update(self._scsi.disks)
+        if name not in disks:
+            raise UsageError(f"there is no disk {name} (there: {', '.join(disks) or 'none'})")
+        return disks[name]
 
     def press_power_button(self) -> None:
         """Asks the guest to shut down, as the ACPI power button does."""
