@@ -13,7 +13,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.config import ChardevConfig, DiskConfig, VmConfig
+    from pyvmm.config import ChardevConfig, DiskConfig, NetConfig, VmConfig
     from pyvmm.errors import (
         ExitStatus,
         GuestCrash,
@@ -35,6 +35,7 @@ __all__ = [
     "GuestPanic",
     "GuestTimeout",
     "KvmError",
+    "NetConfig",
     "NoKvmError",
     "Outcome",
     "PyvmmError",
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "pyvmm.config": ("ChardevConfig", "DiskConfig", "VmConfig"),
+    "pyvmm.config": ("ChardevConfig", "DiskConfig", "NetConfig", "VmConfig"),
     "pyvmm.errors": (
         "ExitStatus",
         "GuestCrash",

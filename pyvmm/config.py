@@ -313,6 +313,9 @@ class NetConfig(Record, implied="kind"):
     mtu: int | None = setting(
         Integer(68, 65521), default=None, help="the largest payload of a frame, in bytes"
     )
+    pcap: str | None = setting(
+        Path(), default=None, help="record all frames in this file, for Wireshark (pcapng)"
+    )
     offloads: bool = setting(
         Boolean(),
         default=True,
@@ -335,6 +338,10 @@ class NetConfig(Record, implied="kind"):
         if kind == "user" and self.mtu is not None and not 576 <= self.mtu <= 65520:
             raise UsageError(
                 f"{place}: mtu={self.mtu} is out of range for user: give one from 576 to 65520"
+            )
+        if self.vhost and self.pcap is not None:
+            raise UsageError(
+                f"{place}: pcap sees no frame that the host's kernel moves: leave vhost=on out"
             )
 
 
@@ -453,6 +460,13 @@ class VmConfig(Record):
         default=None,
         group="storage",
         help="the SCSI controller (default: one if there is something behind it)",
+    )
+    nets: tuple[NetConfig, ...] = setting(
+        Many(NetConfig),
+        default=(),
+        group="network",
+        flag="--net",
+        help="a network interface, may be repeated (default: none)",
     )
     serial: ChardevConfig = setting(
         One(ChardevConfig),

@@ -51,6 +51,7 @@ int ack_ring_attach(struct ack_ring *acks, struct virtio_irq *irq)
 
 static void clear_bits(struct virtio_irq *irq, uint32_t bits)
 {
+    bits &= ~__atomic_load_n(&irq->held, __ATOMIC_SEQ_CST);
     __atomic_fetch_and(irq->status, ~bits, __ATOMIC_SEQ_CST);
 }
 
@@ -91,6 +92,12 @@ void virtio_irq_raise(struct virtio_irq *irq, uint32_t bits)
     }
     if (irq->irqfd >= 0)
         eventfd_signal(irq->irqfd);
+}
+
+void virtio_irq_hold(struct virtio_irq *irq, uint32_t bits)
+{
+    __atomic_store_n(&irq->held, bits, __ATOMIC_SEQ_CST);
+    __atomic_fetch_or(irq->status, bits, __ATOMIC_SEQ_CST);
 }
 
 void virtio_irq_ack(struct virtio_irq *irq, uint32_t bits)

@@ -24,11 +24,16 @@ struct virtio_irq {
     int irqfd;             /* eventfd; -1: nobody to interrupt (tests without KVM) */
     uint64_t ack_gpa;      /* guest-physical address of InterruptACK */
     struct ack_ring *acks; /* NULL: every InterruptACK write exits */
+    uint32_t held;         /* see virtio_irq_hold */
 };
 
 /* Sets `bits` in InterruptStatus and interrupts the guest. Any thread. What the bits are about must
  * have been made visible before, with a full barrier (virtq_publish has one). */
 void virtio_irq_raise(struct virtio_irq *irq, uint32_t bits);
+
+/* Keeps `bits` set in InterruptStatus, whatever the guest acknowledges, for interrupts that are not
+ * raised here (vhost); 0 ends that. Any thread. */
+void virtio_irq_hold(struct virtio_irq *irq, uint32_t bits);
 
 /* The guest wrote `bits` to InterruptACK, and the write exited. Any thread. */
 void virtio_irq_ack(struct virtio_irq *irq, uint32_t bits);

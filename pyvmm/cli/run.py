@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 
-from pyvmm.config import CHARDEVS, VmConfig, from_command_line
+from pyvmm.config import CHARDEVS, NETS, VmConfig, from_command_line
 from pyvmm.errors import EXIT_STATUSES, ExitStatus, NoKvmError, UsageError
 from pyvmm.schema import MIB, Boolean, Many, One, Record, quote_toml
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What the kernel and the programs of the emulated machine need beside the guest's memory.
 _NESTED_OWN_MEMORY = 512 * MIB
 
-_GROUPS = ("boot", "machine", "storage", "console", "lifecycle")
+_GROUPS = ("boot", "machine", "storage", "network", "console", "lifecycle")
 
 _EXAMPLES = """\
 examples:
@@ -31,6 +31,9 @@ examples:
       a partition of a disk, which stays as it is
   pyvmm run --kernel vmlinux --memory 1G --cpus 4 --console stdio --timeout 60 --no-reboot
       for a CI job: four CPUs, output through virtio, at most a minute
+  pyvmm run --image debian --net tap=tap0,queues=2 --cpus 2
+      a network interface on the host's tap0, which 'ip tuntap add dev tap0 mode tap user $USER
+      multi_queue' makes
   pyvmm run --kernel bzImage --disk disk.img --dry-run > vm.toml
   pyvmm run --config vm.toml --memory 2G
       the same machine from a file, with more memory
@@ -186,7 +189,9 @@ def _key_tables() -> str:
     for each in VmConfig.settings.values():
         if isinstance(each.kind, (Many, One)) and each.kind.metavar == Record.metavar:
             lines += _key_table(each.flag, each.kind.record)
-    lines += ["values of --serial and --console:"]
+    lines += ["what --net connects to:"]
+    lines += [f"  {name:29} {help}" for name, help in NETS.items()]
+    lines += ["", "values of --serial and --console:"]
     lines += [f"  {name:29} {help}" for name, help in CHARDEVS.items()]
     return "\n".join(lines) + "\n"
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyvmm.schema import Kind
     from pyvmm.virtio.blk import VirtioBlk
     from pyvmm.virtio.device import VirtioDevice
+    from pyvmm.virtio.net import VirtioNet
 
 # After the first words of a panic, the time that the kernel gets to print the rest of it.
 PANIC_GRACE = 1.0
@@ -85,6 +86,7 @@ class VM:
         self._devices: list[VirtioDevice] = []
         self._scsi: ScsiController | None = None
         self._disks: dict[str, VirtioBlk] = {}
+        self.nets: list[VirtioNet] = []  # as configured; what one is connected to is its `port`
         self._chardevs: list[Chardev] = []
         self._board: Board | None = None
         self._boot = 0  # how often the machine was powered on
@@ -246,6 +248,10 @@ class VM:
             )
         return self._scsi
 
+    def set_link(self, index: int, up: bool) -> None:
+        """Plugs the cable of that one of `nets` in, or pulls it out."""
+        self.nets[index].set_link(up)
+
     def console_tail(self) -> str:
         """The last output on ttyS0, or on hvc0 if there is none: at most 16 KiB."""
         buffer = ffi.new("uint8_t[]", lib.CONSOLE_TAIL_SIZE)
@@ -271,6 +277,13 @@ class VM:
                 self._remark(blk.engine_remark)
         if config.scsi is not None:
             self._open_scsi(config.scsi, stack)
+        if config.nets:
+            from pyvmm.machine.nic import open_nics
+
+            self.nets += open_nics(config, stack)
+            self._devices += self.nets
+            for nic in self.nets:
+                self.remarks += nic.port.remarks
         if config.console.kind != "none":
             from pyvmm.virtio.console import VirtioConsole
 
