@@ -132,7 +132,7 @@ static void test_no_interrupt_is_lost(bool coalesced)
     memset(handled, 0, sizeof(handled));
     stopping = false;
     for (int i = 0; i < DEVICES; i++) {
-        irqs[i] = (struct virtio_irq){&words[i], eventfd(0, EFD_NONBLOCK), ACK_GPA(i), NULL};
+        irqs[i] = (struct virtio_irq){&words[i], eventfd(0, EFD_NONBLOCK), ACK_GPA(i), NULL, 0};
         if (acks)
             CHECK(ack_ring_attach(acks, &irqs[i]) == 0);
     }
@@ -158,7 +158,7 @@ static void test_waiting_acks_are_applied_before_the_next_raise(void)
     acks = ack_ring_create(ring);
     CHECK(acks);
     for (int i = 0; i < DEVICES; i++) {
-        irqs[i] = (struct virtio_irq){&words[i], -1, ACK_GPA(i), NULL};
+        irqs[i] = (struct virtio_irq){&words[i], -1, ACK_GPA(i), NULL, 0};
         CHECK(ack_ring_attach(acks, &irqs[i]) == 0);
     }
     write_ack(0, VIRTIO_IRQ_CONFIG);
