@@ -24,7 +24,7 @@ import pyvmm.nested
 from pyvmm import cli
 from pyvmm.cli import run
 from pyvmm.cli.parser import parse
-from pyvmm.config import DiskConfig, VmConfig
+from pyvmm.config import DiskConfig, NetConfig, VmConfig
 from pyvmm.errors import EXIT_STATUSES, GuestPanic, UsageError
 from pyvmm.images import ImagePaths
 from pyvmm.machine.vm import Outcome
@@ -268,7 +268,7 @@ class TestRunArguments:
         help = capsys.readouterr().out
         for setting in VmConfig.settings.values():
             assert f"  {setting.flag}" in help
-        for name in DiskConfig.settings:
+        for name in {*DiskConfig.settings, *NetConfig.settings} - {"kind"}:
             assert f"\n  {name}=" in help
         for status, meaning in EXIT_STATUSES.items():
             assert f"\n  {status:<4} {meaning}" in help

@@ -199,6 +199,10 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
             "--net: mtu=67 is out of range: give a whole number from 68 to 65521",
         ),
         (
+            "tap=t0,vhost=on,pcap=x",
+            "--net: pcap sees no frame that the host's kernel moves: leave vhost=on out",
+        ),
+        (
             "tap=t0,queues=17",
             "--net: queues=17 is out of range: give a whole number from 1 to 16",
         ),
@@ -481,6 +485,21 @@ configs = st.builds(
         ),
         max_size=3,
         unique_by=lambda disk: disk.path,
+    ),
+    nets=st.lists(
+        st.one_of(
+            st.builds(
+                NetConfig,
+                tap=st.just("tap0"),
+                vhost=st.booleans(),
+                queues=st.integers(1, 16),
+                mac=st.one_of(st.none(), st.just("52:54:00:00:00:01")),
+                mtu=st.one_of(st.none(), st.integers(68, 65521)),
+                offloads=st.booleans(),
+            ),
+            st.builds(NetConfig, kind=st.just("user"), pcap=st.one_of(st.none(), paths)),
+        ),
+        max_size=3,
     ),
     serial=chardevs,
     console=st.just(ChardevConfig(kind="stdio")),
