@@ -212,7 +212,10 @@ static void uring_complete(struct blk_io *io, uint64_t user_data, int32_t result
         return;
     }
     next = blk_step_next(request, result, &step, &error);
-    go_on(io, request, next, &step, error);
+    if (next == BLK_DONE)
+        finish(io, request, error);
+    else
+        go_on(io, request, next, &step, error);
 }
 
 static int uring_wait(struct blk_io *io, bool block)

@@ -330,7 +330,12 @@ static enum blk_next next_range(struct blk_request *request, int64_t result,
 
 enum blk_next blk_step_first(struct blk_request *request, struct blk_step *step, int *error)
 {
-    request->progress = (struct blk_progress){.remaining = 0};
+    struct blk_progress *progress = &request->progress;
+
+    progress->remaining = 0;
+    progress->bounce = NULL;
+    progress->shortened = NULL;
+    progress->syncing = false;
     switch (request->op) {
     case BLK_READ:
     case BLK_WRITE:

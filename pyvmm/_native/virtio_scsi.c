@@ -688,8 +688,10 @@ static int serve(struct virtio_scsi_queue *queue)
         publish(queue);
         error = blk_io_wait(queue->io, !more && !queue->vq.broken); /* a stop ends it, too */
     } while (!error && !queue->vq.broken && !__atomic_load_n(&queue->stopping, __ATOMIC_ACQUIRE));
-    if (__atomic_load_n(&queue->cancelling, __ATOMIC_RELAXED) || queue->vq.broken)
+    if (__atomic_load_n(&queue->cancelling, __ATOMIC_RELAXED) || queue->vq.broken) {
         cancel_all(queue);
+        blk_io_cancel_held(queue->io);
+    }
     collect_finished(queue);
     while (!error && queue->in_flight > 0) {
         error = blk_io_wait(queue->io, true);

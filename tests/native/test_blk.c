@@ -11,11 +11,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include "blk_io.h"
+#include "blk_remote.h"
 #include "blk_snapshot.h"
 #include "blk_step.h"
 #include "check.h"
@@ -238,6 +240,45 @@ static void test_zeroes_are_written_at_last(void)
     CHECK(next(&script, 0) == BLK_DONE && script.error == 0);
 }
 
+/* After an error the request is what is left to do. */
+static void test_a_failed_request_can_be_submitted_again(void)
+{
+    static uint8_t data[4096];
+    const struct blk_range ranges[] = {{0, 512}, {1024, 512}, {4096, 512}};
+    struct iovec iov[] = {{data, 1000}, {data + 1000, 3096}};
+    struct script script = {
+        .image = cached,
+        .request = {.op = BLK_WRITE, .offset = 8192, .iov = iov, .iov_count = 2},
+    };
+
+    CHECK(first(&script) == BLK_STEP);
+    CHECK(next(&script, 1536) == BLK_STEP);
+    CHECK(next(&script, -ENOSPC) == BLK_DONE && script.error == -ENOSPC);
+    CHECK(first(&script) == BLK_STEP && script.step.offset == 8192 + 1536);
+    CHECK(script.step.iov_count == 1 && script.step.iov->iov_base == data + 1536);
+    CHECK(script.step.iov->iov_len == 4096 - 1536);
+    CHECK(next(&script, 4096 - 1536) == BLK_DONE && script.error == 0);
+
+    script.request = (struct blk_request){.op = BLK_WRITE_ZEROES, .ranges = ranges, .range_count = 3};
+    CHECK(first(&script) == BLK_STEP && next(&script, 0) == BLK_STEP);
+    CHECK(script.step.offset == 1024);
+    CHECK(next(&script, -EIO) == BLK_DONE && script.error == -EIO);
+    CHECK(first(&script) == BLK_STEP && script.step.offset == 1024);
+    CHECK(next(&script, 0) == BLK_STEP && script.step.offset == 4096);
+    CHECK(next(&script, 0) == BLK_DONE && script.error == 0);
+
+    /* A write that is stable by a flush fails in the flush. */
+    script.image.no_fua = true;
+    iov[0] = (struct iovec){data, 512};
+    script.request = (struct blk_request){
+        .op = BLK_WRITE, .stable = true, .iov = iov, .iov_count = 1};
+    CHECK(first(&script) == BLK_STEP && next(&script, 512) == BLK_STEP);
+    CHECK(script.step.kind == BLK_STEP_SYNC);
+    CHECK(next(&script, -EIO) == BLK_DONE && script.error == -EIO);
+    CHECK(first(&script) == BLK_STEP && script.step.kind == BLK_STEP_SYNC);
+    CHECK(next(&script, 0) == BLK_DONE && script.error == 0);
+}
+
 /* A request whose sectors lie in turns below and above takes a step for each run of them, and leaves
  * its buffers as they were cut. */
 static void test_runs_of_a_snapshot(void)
@@ -385,6 +426,132 @@ static void test_every_request_is_done_once(enum blk_engine engine)
     }
     for (int i = 0; i < IMAGES; i++)
         close(images[i].fd);
+}
+
+/* A server: a thread that ends steps some time after they were started, in any order. */
+struct fake_server {
+    struct blk_remote remote;
+    unsigned attached, detached;
+};
+
+struct fake_link {
+    struct blk_link link;
+    int timer; /* stands for a socket */
+    unsigned count;
+    struct {
+        struct blk_request *request;
+        int64_t result;
+    } under_way[64];
+};
+
+static struct blk_link *fake_attach(struct blk_remote *remote, int epoll_fd)
+{
+    struct fake_link *link = calloc(1, sizeof(*link));
+    struct epoll_event event = {.events = EPOLLIN};
+
+    link->timer = eventfd(0, EFD_NONBLOCK);
+    CHECK(epoll_ctl(epoll_fd, EPOLL_CTL_ADD, link->timer, &event) == 0);
+    ((struct fake_server *)remote)->attached++;
+    return &link->link;
+}
+
+static void fake_detach(struct blk_link *base)
+{
+    struct fake_link *link = (struct fake_link *)base;
+
+    CHECK(link->count == 0);
+    ((struct fake_server *)base->remote)->detached++;
+    close(link->timer);
+    free(link);
+}
+
+static bool fake_start(struct blk_link *base, struct blk_request *request,
+                       const struct blk_step *step, int64_t *result)
+{
+    struct fake_link *link = (struct fake_link *)base;
+
+    *result = 0;
+    if (step->kind == BLK_STEP_READ || step->kind == BLK_STEP_WRITE)
+        *result = rand() % 2 && step->iov->iov_len > 512 ? 512 : (int64_t)step->iov->iov_len;
+    if (step->kind == BLK_STEP_READ)
+        memset(step->iov->iov_base, 0x5a, (size_t)*result);
+    if (rand() % 4 == 0)
+        return true;
+    link->under_way[link->count].request = request;
+    link->under_way[link->count++].result = *result;
+    if (rand() % 2)
+        eventfd_signal(link->timer);
+    else
+        base->ready = true;
+    return false;
+}
+
+static void fake_service(struct blk_link *base)
+{
+    struct fake_link *link = (struct fake_link *)base;
+
+    base->ready = false;
+    eventfd_take(link->timer);
+    while (link->count > 0) {
+        unsigned at = (unsigned)rand() % link->count;
+        struct blk_request *request = link->under_way[at].request;
+        int64_t result = link->under_way[at].result;
+
+        link->under_way[at] = link->under_way[--link->count];
+        base->done(base->io, request, result); /* may start another */
+    }
+}
+
+static void test_images_that_others_serve(enum blk_engine engine)
+{
+    enum { DEPTH = 32 };
+    struct fake_server servers[2] = {
+        {{fake_attach, fake_detach, fake_start, fake_service}, 0, 0},
+        {{fake_attach, fake_detach, fake_start, fake_service}, 0, 0},
+    };
+    struct blk_image images[3];
+    struct blk_io *io = blk_io_create(engine, DEPTH);
+    static uint8_t data[DEPTH][4096];
+    static struct iovec iov[DEPTH][2];
+    static struct blk_request requests[DEPTH];
+
+    CHECK(io);
+    for (int i = 0; i < 3; i++) {
+        images[i] = (struct blk_image){.fd = -1, .size = 1 << 20, .block_size = 512};
+        if (i < 2) {
+            images[i].remote = &servers[i].remote;
+            images[i].one_buffer = true;
+        } else {
+            images[i].fd = temporary_file(1 << 20);
+        }
+    }
+    for (int round = 0; round < 50; round++) {
+        done_count = 0;
+        for (int i = 0; i < DEPTH; i++) {
+            memset(data[i], 0, sizeof(data[i]));
+            iov[i][0] = (struct iovec){data[i], 1000};
+            iov[i][1] = (struct iovec){data[i] + 1000, 3096};
+            requests[i] = (struct blk_request){
+                .image = &images[i % 3],
+                .op = i % 8 == 7 ? BLK_FLUSH : BLK_READ,
+                .offset = (uint64_t)i * 4096,
+                .iov = iov[i],
+                .iov_count = 2,
+                .done = record_done,
+            };
+            blk_io_submit(io, &requests[i]);
+        }
+        while (blk_io_in_flight(io) > 0)
+            CHECK(blk_io_wait(io, true) == 0);
+        CHECK(outcome == 0 && done_count == DEPTH);
+        for (int i = 0; i < DEPTH; i++)
+            for (size_t at = 0; i % 8 != 7 && i % 3 != 2 && at < sizeof(data[i]); at++)
+                CHECK(data[i][at] == 0x5a);
+    }
+    blk_io_destroy(io);
+    for (int i = 0; i < 2; i++)
+        CHECK(servers[i].attached == 1 && servers[i].detached == 1);
+    close(images[2].fd);
 }
 
 /* --- queues --------------------------------------------------------------------------------- */
@@ -593,6 +760,36 @@ static void test_random_io(enum blk_engine engine, bool snapshot)
     free(check);
 }
 
+/* What a limit holds is kept while the queue does not run. */
+static void test_stops_under_a_limit(enum blk_engine engine)
+{
+    struct guest guest;
+    unsigned returned = 0;
+
+    create_guest(&guest, engine);
+    blk_limit_set(&guest.image, 100, 0);
+    start_queue(&guest);
+    for (unsigned round = 1; round <= 3; round++) {
+        for (unsigned i = 0; i < SLOTS; i++)
+            offer(&guest, i, VIRTIO_BLK_T_IN, i, 512);
+        while (returned < round * SLOTS) {
+            if (take_back(&guest) >= 0) {
+                returned++;
+            } else if (rand() % 4 > 0) {
+                wait_for_interrupt(&guest);
+            } else {
+                stop_queue(&guest);
+                start_queue(&guest);
+            }
+        }
+    }
+    CHECK(virtio_blk_queue_counters(guest.queue).requests == 3 * SLOTS);
+    for (unsigned i = 0; i < SLOTS; i++)
+        offer(&guest, i, VIRTIO_BLK_T_DISCARD, 0, 16);
+    stop_queue(&guest); /* and nobody goes on with them */
+    destroy_guest(&guest);
+}
+
 /* What was stopped before it ran makes one pass, and ends. */
 static void test_stopped_before_it_ran(enum blk_engine engine)
 {
@@ -629,6 +826,7 @@ int main(void)
     test_discard_tries_each_way_once();
     test_zeroes_are_written_at_last();
     test_an_error_ends_the_ranges();
+    test_a_failed_request_can_be_submitted_again();
     test_runs_of_a_snapshot();
     test_marks_cover_whole_sectors();
     if (uring < 0)
@@ -640,6 +838,8 @@ int main(void)
         test_every_request_is_done_once(engine);
         test_random_io(engine, false);
         test_random_io(engine, true);
+        test_images_that_others_serve(engine);
+        test_stops_under_a_limit(engine);
         test_stopped_before_it_ran(engine);
         test_a_ring_that_makes_no_sense(engine);
     }
