@@ -166,7 +166,6 @@ class VirtioBlk(VirtioDevice):
             if self._threads:
                 self._end_turn()
             else:
-                self._stopping = False
                 self._start()
 
     def resize(self, size: int | None = None) -> None:
@@ -174,11 +173,14 @@ class VirtioBlk(VirtioDevice):
 
         None takes over the size that the image has by now. UsageError as of the image.
         """
-        self.pause()
-        try:
-            self._image.resize(size)
-        finally:
-            self.resume()
+        with self._lock:  # no queue may start meanwhile
+            running = bool(self._threads)
+            self._stop()
+            try:
+                self._image.resize(size)
+            finally:
+                if running:
+                    self._start()
         self._config.capacity = self._image.size // SECTOR
         self.config_changed()
 
@@ -201,9 +203,12 @@ class VirtioBlk(VirtioDevice):
         return totals
 
     def _start(self) -> None:
+        self._stopping = False
         for index, native in enumerate(self._queues):
             name = f"blk{index}"
-            thread = threading.Thread(target=self._serve, args=(native,), name=name, daemon=True)
+            thread = threading.Thread(
+                target=self._serve, args=(native, self._turn), name=name, daemon=True
+            )
             thread.start()
             self._threads.append(thread)
 
@@ -218,8 +223,7 @@ class VirtioBlk(VirtioDevice):
             for native in self._queues:  # some may have ended by an error before they were stopped
                 lib.virtio_blk_queue_allow(native)
 
-    def _serve(self, native: Any) -> None:
-        turn = self._turn
+    def _serve(self, native: Any, turn: int) -> None:
         while (result := lib.virtio_blk_queue_run(native)) == lib.VIRTIO_BLK_FAILED:
             assert self._on_error is not None
             if self._turn == turn:
