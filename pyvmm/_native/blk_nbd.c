@@ -22,6 +22,7 @@
 struct blk_nbd {
     struct blk_remote remote;
     char *uri;
+    int64_t answer_ms;
     struct blk_nbd_info info;
     pthread_mutex_t lock; /* for the two below */
     struct nbd_handle *idle[MAX_IDLE];
@@ -222,14 +223,14 @@ static bool issue(struct command *command, int64_t *result)
     if (cookie < 0) {
         int error = nbd_get_errno();
 
-        *result = error ? -error : -EIO;
+        *result = error && error != EAGAIN && error != EINTR ? -error : -EIO; /* no retries here */
         link->link.ready = true; /* the connection may be gone */
         return true;
     }
     if (link->under_way++ == 0) {
         link->answered_at = now_ms();
         if (!link->timer_at)
-            set_timer(link, link->answered_at + BLK_NBD_ANSWER_MS);
+            set_timer(link, link->answered_at + link->nbd->answer_ms);
     }
     return false;
 }
@@ -305,10 +306,10 @@ static void check_timer(struct nbd_link *link)
     link->timer_at = 0;
     if (link->state == CONNECTING)
         go_down(link, now + BLK_NBD_RETRY_MS);
-    else if (link->under_way > 0 && now - link->answered_at >= BLK_NBD_ANSWER_MS)
+    else if (link->under_way > 0 && now - link->answered_at >= link->nbd->answer_ms)
         shutdown(link->fd, SHUT_RDWR); /* so that libnbd ends what is under way */
     else if (link->under_way > 0)
-        set_timer(link, link->answered_at + BLK_NBD_ANSWER_MS);
+        set_timer(link, link->answered_at + link->nbd->answer_ms);
 }
 
 static void call_done(struct nbd_link *link)
@@ -447,8 +448,8 @@ static bool await_ready(struct nbd_handle *handle, char *error, size_t error_siz
     return true;
 }
 
-struct blk_nbd *blk_nbd_open(const char *uri, struct blk_nbd_info *info, char *error,
-                             size_t error_size)
+struct blk_nbd *blk_nbd_open(const char *uri, int64_t answer_ms, struct blk_nbd_info *info,
+                             char *error, size_t error_size)
 {
     struct nbd_handle *handle = connect_start(uri);
     struct blk_nbd *nbd;
@@ -471,6 +472,7 @@ struct blk_nbd *blk_nbd_open(const char *uri, struct blk_nbd_info *info, char *e
         return NULL;
     }
     nbd->remote = (struct blk_remote){link_attach, link_detach, link_start, link_service};
+    nbd->answer_ms = answer_ms;
     pthread_mutex_init(&nbd->lock, NULL);
     nbd->idle[nbd->idle_count++] = handle;
     nbd->info = (struct blk_nbd_info){

@@ -4,8 +4,8 @@
  * Each thread that serves requests has a connection of its own. When one breaks, what is under way
  * on it fails with -EIO or the like. The next request connects anew, and those that come meanwhile
  * wait for the outcome, BLK_NBD_CONNECT_MS at most; after a failure requests fail at once until
- * BLK_NBD_RETRY_MS have passed. A server that leaves requests without any answer for
- * BLK_NBD_ANSWER_MS counts as broken, so that no request waits for good. */
+ * BLK_NBD_RETRY_MS have passed. A server that leaves requests without any answer for `answer_ms`
+ * counts as broken, so that no request waits for good. */
 #ifndef PYVMM_BLK_NBD_H
 #define PYVMM_BLK_NBD_H
 
@@ -15,7 +15,6 @@
 
 #define BLK_NBD_CONNECT_MS 5000
 #define BLK_NBD_RETRY_MS 1000
-#define BLK_NBD_ANSWER_MS 30000
 
 struct blk_remote;
 struct blk_nbd;
@@ -34,8 +33,8 @@ struct blk_nbd_info {
 /* Connects to the export that `uri` names. The remote can be used by as many threads as there are
  * connections: one without `multi_conn`. NULL when there is no such server or export; `error` then
  * says why. */
-struct blk_nbd *blk_nbd_open(const char *uri, struct blk_nbd_info *info, char *error,
-                             size_t error_size);
+struct blk_nbd *blk_nbd_open(const char *uri, int64_t answer_ms, struct blk_nbd_info *info,
+                             char *error, size_t error_size);
 /* No link may be attached. */
 void blk_nbd_close(struct blk_nbd *nbd);
 

@@ -10,6 +10,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+# A server that says nothing for so long while requests wait for it is taken for dead.
+ANSWER_SECONDS = 30.0
+
 _ERROR_SIZE = 512
 
 
@@ -33,7 +36,9 @@ class NbdImage(Image):
         self.readonly = readonly
         info = ffi.new("struct blk_nbd_info *")
         error = ffi.new("char[]", _ERROR_SIZE)
-        self._nbd = self._lib.blk_nbd_open(uri.encode(), info, error, _ERROR_SIZE)
+        self._nbd = self._lib.blk_nbd_open(
+            uri.encode(), int(ANSWER_SECONDS * 1000), info, error, _ERROR_SIZE
+        )
         if self._nbd == ffi.NULL:
             self._nbd = None
             raise NbdError(ffi.string(error).decode(errors="replace"))

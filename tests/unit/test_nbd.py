@@ -146,6 +146,32 @@ class TestBadServer:
         time.sleep(nbd_lib.BLK_NBD_RETRY_MS / 1000)
         assert disk.read(0, 512) == PATTERN[:512]
 
+    def test_a_server_that_falls_silent(
+        self, engine: str, server: NbdServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pyvmm.backends.nbd.ANSWER_SECONDS", 0.5)
+        with (
+            open_disk(nbd=server.uri) as image,
+            started(VirtioBlk(image), server.path) as disk,
+        ):
+            assert disk.read(0, 512) == PATTERN[:512]
+            time.sleep(0.6)  # nothing is asked, so nothing is missed
+            assert disk.read(0, 512) == PATTERN[:512]
+            server.stalled.set()
+            start = time.monotonic()
+            assert disk.request(IN, 0, writable=(512,)).status == IOERR
+            assert 0.4 < time.monotonic() - start < 5
+            server.stalled.clear()
+            assert disk.read(8, 512) == PATTERN[4096:4608]
+            server.stalled.set()
+            ring = disk.driver.queues[0]
+            assert ring is not None
+            ring.add((struct.pack("<IIQ", IN, 0, 0),), (512, 1))
+            assert ring.publish()
+            disk.driver.notify(0)
+            disk.driver.reset()  # does not hang either
+            assert time.monotonic() - start < 10
+
     def test_death_while_nothing_is_under_way(self, disk: Disk, server: NbdServer) -> None:
         """The first request after it finds the new server, or fails, and the next one does."""
         assert disk.read(0, 512) == PATTERN[:512]
