@@ -326,8 +326,18 @@ static bool links_ready(const struct blk_io *io)
 
 static void service_links(struct blk_io *io)
 {
-    for (struct blk_link *link = io->links; link; link = link->next)
+    struct blk_link **place = &io->links;
+    struct blk_link *link;
+
+    while ((link = *place)) {
         link->remote->service(link);
+        if (link->gone) {
+            *place = link->next;
+            link->remote->detach(link);
+        } else {
+            place = &link->next;
+        }
+    }
 }
 
 /* --- limits -------------------------------------------------------------------------------- */

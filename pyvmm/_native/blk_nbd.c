@@ -24,9 +24,11 @@ struct blk_nbd {
     char *uri;
     int64_t answer_ms;
     struct blk_nbd_info info;
-    pthread_mutex_t lock; /* for the two below */
+    pthread_mutex_t lock; /* for all below */
     struct nbd_handle *idle[MAX_IDLE];
     unsigned idle_count;
+    struct nbd_link *attached; /* the last of them frees what was closed */
+    bool closing;
 };
 
 enum state { DOWN, CONNECTING, UP };
@@ -34,6 +36,7 @@ enum state { DOWN, CONNECTING, UP };
 struct nbd_link {
     struct blk_link link;
     struct blk_nbd *nbd;
+    struct nbd_link *next_attached;
     enum state state;
     struct nbd_handle *handle; /* unless DOWN */
     int epoll_fd;
@@ -332,6 +335,11 @@ static void link_service(struct blk_link *base)
 {
     struct nbd_link *link = (struct nbd_link *)base;
 
+    if (__atomic_load_n(&link->nbd->closing, __ATOMIC_RELAXED) && link->under_way == 0 &&
+        !link->waiting && !link->ended) {
+        base->gone = true;
+        return;
+    }
     do {
         base->ready = false;
         check_timer(link);
@@ -365,13 +373,44 @@ static struct nbd_handle *take_idle(struct blk_nbd *nbd)
 static void put_idle(struct blk_nbd *nbd, struct nbd_handle *handle)
 {
     pthread_mutex_lock(&nbd->lock);
-    if (nbd->idle_count < MAX_IDLE) {
+    if (nbd->idle_count < MAX_IDLE && !nbd->closing) {
         nbd->idle[nbd->idle_count++] = handle;
         handle = NULL;
     }
     pthread_mutex_unlock(&nbd->lock);
     if (handle)
         disconnect(handle);
+}
+
+static void free_nbd(struct blk_nbd *nbd)
+{
+    pthread_mutex_destroy(&nbd->lock);
+    free(nbd->uri);
+    free(nbd);
+}
+
+static void join(struct nbd_link *link)
+{
+    pthread_mutex_lock(&link->nbd->lock);
+    link->next_attached = link->nbd->attached;
+    link->nbd->attached = link;
+    pthread_mutex_unlock(&link->nbd->lock);
+}
+
+static void leave(struct nbd_link *link)
+{
+    struct blk_nbd *nbd = link->nbd;
+    struct nbd_link **place = &nbd->attached;
+    bool last;
+
+    pthread_mutex_lock(&nbd->lock);
+    while (*place != link)
+        place = &(*place)->next_attached;
+    *place = link->next_attached;
+    last = nbd->closing && !nbd->attached;
+    pthread_mutex_unlock(&nbd->lock);
+    if (last)
+        free_nbd(nbd);
 }
 
 static void link_detach(struct blk_link *base)
@@ -382,6 +421,7 @@ static void link_detach(struct blk_link *base)
         put_idle(link->nbd, link->handle);
     else if (link->handle)
         nbd_close(link->handle);
+    leave(link);
     close(link->timer_fd);
     free(link);
 }
@@ -407,6 +447,7 @@ static struct blk_link *link_attach(struct blk_remote *remote, int epoll_fd)
         errno = error;
         return NULL;
     }
+    join(link);
     link->handle = take_idle(link->nbd);
     if (link->handle) {
         link->state = UP;
@@ -490,13 +531,21 @@ struct blk_nbd *blk_nbd_open(const char *uri, int64_t answer_ms, struct blk_nbd_
 
 void blk_nbd_close(struct blk_nbd *nbd)
 {
+    const struct itimerspec at_once = {.it_value = {0, 1}};
+    bool unused;
+
     if (!nbd)
         return;
+    pthread_mutex_lock(&nbd->lock);
     while (nbd->idle_count > 0)
         disconnect(nbd->idle[--nbd->idle_count]);
-    pthread_mutex_destroy(&nbd->lock);
-    free(nbd->uri);
-    free(nbd);
+    __atomic_store_n(&nbd->closing, true, __ATOMIC_RELAXED);
+    for (struct nbd_link *link = nbd->attached; link; link = link->next_attached)
+        timerfd_settime(link->timer_fd, 0, &at_once, NULL); /* its thread wakes up */
+    unused = !nbd->attached;
+    pthread_mutex_unlock(&nbd->lock);
+    if (unused)
+        free_nbd(nbd);
 }
 
 struct blk_remote *blk_nbd_remote(struct blk_nbd *nbd)

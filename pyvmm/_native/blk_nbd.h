@@ -35,7 +35,8 @@ struct blk_nbd_info {
  * says why. */
 struct blk_nbd *blk_nbd_open(const char *uri, int64_t answer_ms, struct blk_nbd_info *info,
                              char *error, size_t error_size);
-/* No link may be attached. */
+/* Disconnects, also the threads that have a connection: these as soon as they look. No request may
+ * be under way. */
 void blk_nbd_close(struct blk_nbd *nbd);
 
 /* For blk_image.remote. */

@@ -14,6 +14,7 @@ struct blk_link {
     /* To be called, within `service`, once for each step that `start` left under way. */
     void (*done)(struct blk_io *io, struct blk_request *request, int64_t result);
     bool ready; /* `service` has something to do, whatever `epoll_fd` says */
+    bool gone;  /* the image was closed, with nothing under way: `detach` is due */
 };
 
 struct blk_remote {

@@ -432,6 +432,7 @@ static void test_every_request_is_done_once(enum blk_engine engine)
 struct fake_server {
     struct blk_remote remote;
     unsigned attached, detached;
+    bool closed;
 };
 
 struct fake_link {
@@ -491,6 +492,7 @@ static void fake_service(struct blk_link *base)
     struct fake_link *link = (struct fake_link *)base;
 
     base->ready = false;
+    base->gone = ((struct fake_server *)base->remote)->closed;
     eventfd_take(link->timer);
     while (link->count > 0) {
         unsigned at = (unsigned)rand() % link->count;
@@ -506,8 +508,8 @@ static void test_images_that_others_serve(enum blk_engine engine)
 {
     enum { DEPTH = 32 };
     struct fake_server servers[2] = {
-        {{fake_attach, fake_detach, fake_start, fake_service}, 0, 0},
-        {{fake_attach, fake_detach, fake_start, fake_service}, 0, 0},
+        {.remote = {fake_attach, fake_detach, fake_start, fake_service}},
+        {.remote = {fake_attach, fake_detach, fake_start, fake_service}},
     };
     struct blk_image images[3];
     struct blk_io *io = blk_io_create(engine, DEPTH);
@@ -544,13 +546,18 @@ static void test_images_that_others_serve(enum blk_engine engine)
         while (blk_io_in_flight(io) > 0)
             CHECK(blk_io_wait(io, true) == 0);
         CHECK(outcome == 0 && done_count == DEPTH);
+        if (round % 10 == 9) { /* the image is closed and opened again */
+            servers[0].closed = true;
+            CHECK(blk_io_wait(io, false) == 0);
+            servers[0].closed = false;
+        }
         for (int i = 0; i < DEPTH; i++)
             for (size_t at = 0; i % 8 != 7 && i % 3 != 2 && at < sizeof(data[i]); at++)
                 CHECK(data[i][at] == 0x5a);
     }
     blk_io_destroy(io);
-    for (int i = 0; i < 2; i++)
-        CHECK(servers[i].attached == 1 && servers[i].detached == 1);
+    CHECK(servers[0].attached == 5 && servers[0].detached == 5);
+    CHECK(servers[1].attached == 1 && servers[1].detached == 1);
     close(images[2].fd);
 }
 

@@ -36,10 +36,14 @@ from support.nbd_server import (
     SEND_WRITE_ZEROES,
     NbdServer,
 )
+from support.scsi_driver import ScsiDriver
 
+from pyvmm.backends.scsi.command import CommandThread
+from pyvmm.backends.scsi.disk import ScsiDisk
 from pyvmm.backends.storage import open_disk
 from pyvmm.errors import UsageError
 from pyvmm.virtio.blk import VirtioBlk
+from pyvmm.virtio.scsi import VirtioScsi
 
 nbd_lib = pytest.importorskip("pyvmm._nbd", reason="pyvmm was built without libnbd").lib
 
@@ -116,6 +120,43 @@ def test_a_random_load_against_a_model(disk: Disk, server: NbdServer) -> None:
         else:
             assert disk.read(sector, count * 512) == model[sector * 512 : (sector + count) * 512]
     assert server.data == model
+
+
+def test_a_disk_that_is_unplugged(server: NbdServer) -> None:
+    """The queues of the SCSI controller go on, and nothing of the disk is left with them."""
+    commands = CommandThread()
+    device = VirtioScsi(queues=2)
+    images = []
+
+    def plug(lun: int) -> None:
+        image = open_disk(nbd=server.uri, threads=2)
+        images.append((image, ScsiDisk(image, commands, serial=str(lun))))
+        device.plug(0, lun, images[-1][1])
+
+    def read(lun: int, queue: int) -> bytes:
+        cdb = struct.pack(">BBIBHB", 0x28, 0, 8, 0, 1, 0)
+        return driver.command(cdb, into=512, lun=lun, queue=queue).data
+
+    plug(0)
+    with ScsiDriver(device) as driver:
+        for _ in range(3):
+            plug(1)
+            driver.settle(0, 1)
+            driver.settle(0, 0)
+            for queue in (0, 1):
+                assert read(1, queue) == read(0, queue) == PATTERN[4096:4608]
+            device.unplug(0, 1)
+            image, unit = images.pop()
+            unit.close()
+            image.close()
+            # Each disk had two connections.
+            wait_until(lambda: sum(each.fileno() >= 0 for each in server.connections) == 2)
+            driver.settle(0, 0)
+            assert read(0, 0) == PATTERN[4096:4608]
+    image, unit = images.pop()
+    unit.close()
+    image.close()
+    commands.close()
 
 
 class TestBadServer:
