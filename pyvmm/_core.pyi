@@ -130,6 +130,8 @@ class _Lib:
     NET_OFFLOAD_USO6: int
 
     # scsi.h
+    SCSI_CDB_MAX: int
+    SCSI_SENSE_MAX: int
     SCSI_GOOD: int
     SCSI_CHECK_CONDITION: int
     SCSI_RESERVATION_CONFLICT: int

@@ -145,13 +145,11 @@ void scsi_lun_destroy(struct scsi_lun *lun);
 
 /* Unit attention conditions (SAM-5, 5.14) for the one I_T nexus there is. Any thread. */
 #define SCSI_ATTENTION_POWER_ON SCSI_SENSE(0x6, 0x29, 0x00)
-#define SCSI_ATTENTION_BUS_RESET SCSI_SENSE(0x6, 0x29, 0x02)
 #define SCSI_ATTENTION_DEVICE_RESET SCSI_SENSE(0x6, 0x29, 0x03)
 #define SCSI_ATTENTION_NEXUS_LOSS SCSI_SENSE(0x6, 0x29, 0x07)
 #define SCSI_ATTENTION_MEDIUM_CHANGED SCSI_SENSE(0x6, 0x28, 0x00)
 #define SCSI_ATTENTION_CAPACITY_CHANGED SCSI_SENSE(0x6, 0x2A, 0x09)
 #define SCSI_ATTENTION_LUNS_CHANGED SCSI_SENSE(0x6, 0x3F, 0x0E)
-#define SCSI_ATTENTION_CLEARED_BY_RESET SCSI_SENSE(0x6, 0x2F, 0x00)
 
 /* Establishes one, after those that wait; a second of the same kind changes nothing. */
 void scsi_attention(struct scsi_lun *lun, uint32_t attention);

@@ -40,11 +40,9 @@ MAX_LUN: int = lib.VIRTIO_SCSI_MAX_LUN
 MAX_QUEUES: int = lib.VIRTIO_SCSI_MAX_QUEUES
 SECTOR = 512
 MAX_SECTORS: int = lib.SCSI_DISK_MAX_TRANSFER // SECTOR
-LARGEST_CDB, LARGEST_SENSE = 260, 252
-
 _HOTPLUG = 1 << uapi.VIRTIO_SCSI_F_HOTPLUG
 _CHANGE = 1 << uapi.VIRTIO_SCSI_F_CHANGE
-_EVENT_SIZE = ffi.sizeof("uint32_t") * 2 + 8
+_EVENT = struct.Struct("<I8sI")  # struct virtio_scsi_event (5.6.6.3)
 _RESCAN, _REMOVED = uapi.VIRTIO_SCSI_EVT_RESET_RESCAN, uapi.VIRTIO_SCSI_EVT_RESET_REMOVED
 # Functions on the tasks of a logical unit: whether on one of them, and how they end by it.
 _TASK_FUNCTIONS = {
@@ -78,7 +76,7 @@ class VirtioScsi(PythonDevice):
             seg_max=queue_size - 2,  # a header and a response come with the data
             max_sectors=MAX_SECTORS,
             cmd_per_lun=queue_size,
-            event_info_size=_EVENT_SIZE,
+            event_info_size=_EVENT.size,
             max_target=MAX_TARGET,
             max_lun=MAX_LUN,
         )
@@ -111,9 +109,9 @@ class VirtioScsi(PythonDevice):
         wanted = uapi.virtio_scsi_config.from_buffer_copy(
             bytes(self._config)[:offset] + data + bytes(self._config)[offset + len(data) :]
         )
-        if wanted.sense_size <= LARGEST_SENSE:
+        if wanted.sense_size <= lib.SCSI_SENSE_MAX:
             self._config.sense_size = wanted.sense_size
-        if 1 <= wanted.cdb_size <= LARGEST_CDB:
+        if 1 <= wanted.cdb_size <= lib.SCSI_CDB_MAX:
             self._config.cdb_size = wanted.cdb_size
 
     def _default_sizes(self) -> None:
@@ -415,11 +413,11 @@ class VirtioScsi(PythonDevice):
             event |= uapi.VIRTIO_SCSI_T_EVENTS_MISSED
             self._events_missed = False
         chain = self._event_chains.popleft()
-        chain.write(struct.pack("<I8sI", event, address, reason))
+        chain.write(_EVENT.pack(event, address, reason))
         chain.complete()
 
     def _take_event_buffer(self, chain: Chain) -> None:
-        if chain.writable_bytes < _EVENT_SIZE:
+        if chain.writable_bytes < _EVENT.size:
             chain.complete(0)
             return
         self._event_chains.append(chain)
