@@ -221,20 +221,23 @@ static void report_luns(const struct virtio_scsi_map *map, const struct virtio_s
     free(data);
 }
 
+/* Peripheral qualifiers and types (SPC-4, 6.6.2). */
+enum {
+    WELL_KNOWN_UNIT = 0x1E,
+    NO_UNIT = 0x7F,
+};
+
 /* Of a place without a logical unit of its own: as much of it as there is. */
 static void host_inquiry(uint8_t type, struct scsi_command *command)
 {
     const uint8_t *cdb = command->cdb;
-    /* Version SPC-4; the response data format is 2. */
-    const uint8_t standard[36] = "\0\0\6\2\x1F\0\0\0pyvmm   no logical unit ";
-    uint8_t data[36];
+    const char *product = type == WELL_KNOWN_UNIT ? "REPORT LUNS     " : "no logical unit ";
+    uint8_t data[36] = {type, 0, 0x06, 0x02, 36 - 5}; /* version SPC-4, response data format 2 */
 
     if (!(cdb[1] & 1) && cdb[2] == 0) {
-        memcpy(data, standard, sizeof(data));
-        if (type == 0x1E)
-            memcpy(data + 16, "REPORT LUNS     ", 16);
+        memcpy(data + 8, "pyvmm   ", 8);
+        memcpy(data + 16, product, 16);
         memcpy(data + 32, "1   ", 4);
-        data[0] = type;
         scsi_answer(command, data, sizeof(data), scsi_be16(cdb + 3));
     } else if ((cdb[1] & 1) && cdb[2] == 0) {
         const uint8_t pages[5] = {type, 0, 0, 1, 0}; /* supported VPD pages: this one */
@@ -272,8 +275,7 @@ static void host_execute(const struct virtio_scsi_map *map, const struct virtio_
         scsi_answer(command, sense, size, command->cdb[4]);
         break;
     case INQUIRY:
-        /* Peripheral qualifier 011b, or a well-known logical unit (SPC-4, 6.6.2). */
-        host_inquiry(well_known ? 0x1E : 0x7F, command);
+        host_inquiry(well_known ? WELL_KNOWN_UNIT : NO_UNIT, command);
         break;
     case REPORT_LUNS:
         report_luns(map, found, command);
