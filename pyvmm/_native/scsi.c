@@ -105,7 +105,7 @@ void scsi_attention_drop(struct scsi_lun *lun, uint32_t attention)
 
 /* --- the life of a command ------------------------------------------------------------------ */
 
-/* These are executed whatever is pending (SAM-5, 5.14.2; MMC-6, 4.1.6.1). */
+/* These are executed whatever is pending (SAM-5, unit attention conditions; MMC-6, 4.1.6.1). */
 static bool ignores_attentions(uint8_t opcode)
 {
     return opcode == INQUIRY || opcode == REPORT_LUNS || opcode == REQUEST_SENSE ||
@@ -360,7 +360,7 @@ const struct scsi_opcode *scsi_find(const struct scsi_opcodes *opcodes, uint32_t
         return NULL;
     }
     if (entry->service_action != SCSI_NO_SERVICE_ACTION) {
-        /* All of these have it in the same place (SPC-4, 4.2.5.2). */
+        /* All of these have it in the same place (SPC-4, 4.2.5). */
         uint32_t wanted = (uint32_t)cdb[0] << 16 | (cdb[1] & 0x1Fu);
 
         entry = search(opcodes, wanted);

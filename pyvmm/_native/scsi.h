@@ -240,10 +240,10 @@ static inline void scsi_put_be64(uint8_t *at, uint64_t value)
 
 #define SCSI_NO_SERVICE_ACTION 0xFFFFu
 
-/* A command that is implemented. `usage` is its CDB usage data (SPC-4, 6.36.3): the opcode (and
- * service action), then a 1 for each bit that is evaluated. A CDB with another bit set is refused
- * with INVALID FIELD IN CDB. `needs` are bits that the logical unit's `abilities` must have for the
- * command to exist; what they mean is its own affair. */
+/* A command that is implemented. `usage` is its CDB usage data (SPC-4, REPORT SUPPORTED
+ * OPERATION CODES): the opcode (and service action), then a 1 for each bit that is evaluated. A CDB
+ * with another bit set is refused with INVALID FIELD IN CDB. `needs` are bits that the logical
+ * unit's `abilities` must have for the command to exist; what they mean is its own affair. */
 struct scsi_opcode {
     uint8_t opcode;
     uint8_t size;            /* of the CDB in bytes, at most 16 */

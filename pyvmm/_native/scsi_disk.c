@@ -81,7 +81,7 @@ static struct extent extent_of(const uint8_t *cdb)
 {
     switch (cdb[0] >> 5) { /* the group code (SPC-4, 4.2.5.1) */
     case 0:
-        /* A length of 0 stands for 256 (SBC-3, 5.10). */
+        /* A length of 0 stands for 256 (SBC-3, READ (6)). */
         return (struct extent){scsi_be32(cdb) & 0x1FFFFF, cdb[4] ? cdb[4] : 256, 1, 4};
     case 4:
         return (struct extent){scsi_be64(cdb + 2), scsi_be32(cdb + 10), 2, 10};
@@ -202,7 +202,7 @@ static void read_blocks(struct scsi_lun *lun, struct scsi_command *command)
         submit_read(command);
         return;
     }
-    /* What is newer in the cache goes to the medium first (SBC-3, 4.15). */
+    /* What is newer in the cache goes to the medium first (SBC-3, 4.15: caches). */
     command->request = (struct blk_request){
         .image = disk_of(command)->image, .op = BLK_FLUSH, .done = flushed_before_read};
     blk_io_submit(command->io, &command->request);
@@ -433,7 +433,7 @@ static void ranges_done(struct blk_request *request, int error)
 
     free(command->private_data);
     command->private_data = NULL;
-    /* To unmap is a wish (SBC-3, 4.7.3.4); zeroes are always written, one way or the other. */
+    /* To unmap is a wish (SBC-3, 4.7: provisioning); zeroes are always written, one way or the other. */
     if (request->op == BLK_DISCARD && error == -EOPNOTSUPP)
         error = 0;
     if (error)
@@ -476,7 +476,7 @@ static void write_same(struct scsi_lun *lun, struct scsi_command *command)
         refuse_field(command, 1, 3);
         return;
     }
-    /* WSNZ is set: 0 does not stand for the rest of the disk (SBC-3, 6.6.4). */
+    /* WSNZ is set: 0 does not stand for the rest of the disk (SBC-3, Block Limits page). */
     if (extent.blocks == 0 || extent.blocks > SCSI_DISK_MAX_RANGE / disk->block_size) {
         refuse_field(command, extent.blocks_at, 7);
         return;
@@ -503,7 +503,7 @@ static void write_same(struct scsi_lun *lun, struct scsi_command *command)
     run_pieces(command, BLK_WRITE);
 }
 
-/* The default format (SBC-3, 5.3): nothing but zeroes, which take no space where that is possible. */
+/* The default format (SBC-3, FORMAT UNIT): nothing but zeroes, which take no space where that is possible. */
 static void format_unit(struct scsi_lun *lun, struct scsi_command *command)
 {
     struct scsi_disk *disk = disk_of(command);
@@ -555,7 +555,6 @@ static struct blk_range *read_descriptors(struct scsi_command *command, const ui
     return ranges;
 }
 
-/* SBC-3, 5.28 */
 static void unmap(struct scsi_lun *lun, struct scsi_command *command)
 {
     uint8_t list[8 + 16 * SCSI_DISK_MAX_UNMAP_DESCRIPTORS];
@@ -660,7 +659,7 @@ static void succeed(struct scsi_lun *lun, struct scsi_command *command)
 }
 
 /* Reservations of SPC-2, with nobody else to keep out; where persistent reservations are in use
- * they are without effect (CRH, SPC-4 5.13.3). */
+ * they are without effect (CRH, SPC-4 5.13). */
 static void reserve(struct scsi_lun *lun, struct scsi_command *command)
 {
     struct scsi_disk *disk = disk_of(command);

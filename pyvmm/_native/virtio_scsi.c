@@ -97,7 +97,7 @@ struct virtio_scsi_found virtio_scsi_find(const struct virtio_scsi_map *map,
                                           const uint8_t lun[8])
 {
     static const uint8_t all_targets[8] = {0xC1, 0x01};
-    static const uint8_t well_known[6] = {0xC1, 0x01}; /* SAM-5, 4.7.5.5 */
+    static const uint8_t well_known[6] = {0xC1, 0x01}; /* SAM-5, 4.7.5: extended */
     uint32_t target = (uint32_t)lun[1] << 16, number = lun_of(lun), index;
     struct virtio_scsi_found found = {.place = VIRTIO_SCSI_NO_TARGET, .address = target | 0xFFFF};
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 VENDOR = b"pyvmm"
 
-# Version descriptors (SPC-4, 6.6.2, table 151), without a particular revision.
+# Version descriptors (SPC-4, 6.6.2), without a particular revision.
 SAM_5 = 0x00A0
 SPC_4 = 0x0460
 SBC_3 = 0x04C0
@@ -58,7 +58,7 @@ def page(device_type: int, code: int, payload: bytes) -> bytes:
 
 
 def identification(serial: str) -> bytes:
-    """Page 83h: the logical unit by vendor and serial number (SPC-4, 7.8.6.4)."""
+    """Page 83h: the logical unit by vendor and serial number (SPC-4, 7.8.6)."""
     designator = VENDOR.ljust(8) + serial.encode("ascii")
     # ASCII; of the logical unit, T10 vendor ID based
     return struct.pack(">BBBB", 0x02, 0x01, 0, len(designator)) + designator
@@ -73,7 +73,7 @@ def block_limits(
     unmap_granularity: int,
     max_write_same: int,
 ) -> bytes:
-    """Page B0h (SBC-3, 6.6.4); all numbers but that of descriptors are logical blocks."""
+    """Block Limits, page B0h of SBC-3; all numbers but that of descriptors are logical blocks."""
     wsnz = 0x01
     return struct.pack(
         ">BBHIIIIIIIQ",
@@ -92,12 +92,12 @@ def block_limits(
 
 
 def block_device_characteristics() -> bytes:
-    """Page B1h (SBC-3, 6.6.3): a medium that does not rotate."""
+    """Block Device Characteristics, page B1h of SBC-3: a medium that does not rotate."""
     return struct.pack(">H", 1).ljust(60, b"\0")
 
 
 def logical_block_provisioning(*, unmap: bool, zeroed: bool) -> bytes:
-    """Page B2h (SBC-3, 6.6.5): LBPU, LBPWS, LBPWS10, LBPRZ; thin, or fully provisioned."""
+    """Logical Block Provisioning, page B2h of SBC-3: LBPU, LBPWS, LBPWS10, LBPRZ; thin or full."""
     flags = (0xE0 | zeroed << 2) if unmap else 0
     thin = 2
     return struct.pack(">BBBB", 0, flags, thin if unmap else 0, 0)

@@ -1,4 +1,4 @@
-"""What a logical unit can do, told from the table that its commands are dispatched by."""
+"""What a logical unit can do, told from the table that its commands are dispatched by (SPC-4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from pyvmm.backends.scsi.command import Command
 
-# A command timeouts descriptor without any time in it (SPC-4, 6.36.4).
+# A command timeouts descriptor without any time in it (SPC-4).
 _TIMEOUTS = struct.pack(">H10x", 10)
 
 
@@ -45,7 +45,7 @@ def opcodes(native: Any, abilities: int) -> list[Opcode]:
 
 
 def report_opcodes(command: Command, native: Any, abilities: int) -> None:
-    """REPORT SUPPORTED OPERATION CODES (SPC-4, 6.36)."""
+    """REPORT SUPPORTED OPERATION CODES."""
     cdb = command.cdb
     timeouts, option, wanted = bool(cdb[2] & 0x80), cdb[2] & 7, cdb[3]
     action = int.from_bytes(cdb[4:6])
@@ -87,7 +87,7 @@ def _one_command(
 
 
 def report_functions(command: Command) -> None:
-    """REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS (SPC-4, 6.37)."""
+    """REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS."""
     allocated = int.from_bytes(command.cdb[6:10])
     if allocated < 4:
         raise invalid_field(6)
