@@ -169,7 +169,7 @@ class TestSg3Utils:
     def test_sg_unmap(self, sg: SgGuest) -> None:
         sg.guest.check("dd if=/dev/urandom of=/dev/sda bs=1M count=2 2>/dev/null; sync")
         before = sg.path.stat().st_blocks
-        sg("sg_unmap -l 0 -n 2048 /dev/sda")
+        sg("sg_unmap -f -l 0 -n 2048 /dev/sda")
         assert sg.path.stat().st_blocks <= before - 2048
         sg("sg_write_same -l 2048 -n 1024 --16 --unmap -i /dev/zero -x 512 /dev/sda")
         assert sg.path.stat().st_blocks <= before - 3072
