@@ -355,9 +355,10 @@ static void complete(struct slot *slot)
     if (command->delivery != SCSI_DELIVERED)
         command->transferred = 0;
     if (slot->response_count > 0) {
-        uint8_t response[RESPONSE_HEADER + SCSI_SENSE_MAX] = {0};
+        uint8_t response[RESPONSE_HEADER + SCSI_SENSE_MAX];
         struct virtio_scsi_cmd_resp *header = (struct virtio_scsi_cmd_resp *)response;
 
+        memset(response, 0, queue->response_size);
         header->response = command->delivery;
         header->resid = slot->data_bytes - command->transferred;
         if (command->delivery == SCSI_DELIVERED) {
