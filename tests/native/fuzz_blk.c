@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "blk_snapshot.h"
+#include "fuzz_input.h"
 #include "virtio_blk.h"
 
 enum {
@@ -26,23 +27,6 @@ enum {
     RAM = 0x4000,
     IMAGE = 0x8000,
 };
-
-struct input {
-    const uint8_t *data;
-    size_t size;
-};
-
-static uint64_t take(struct input *input, size_t size)
-{
-    uint64_t value = 0;
-
-    if (size > input->size)
-        size = input->size;
-    memcpy(&value, input->data, size);
-    input->data += size;
-    input->size -= size;
-    return value;
-}
 
 /* A request: type, sector, a data buffer or segments, framed in one of some ways. Returns the
  * number of descriptors taken. */

@@ -12,6 +12,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "fuzz_input.h"
 #include "virtio_net.h"
 
 enum {
@@ -34,23 +35,6 @@ enum {
     SETUP_RAW = 64, /* everything that follows goes into the rings */
     SETUP_FILTER = 128,
 };
-
-struct input {
-    const uint8_t *data;
-    size_t size;
-};
-
-static uint64_t take(struct input *input, size_t size)
-{
-    uint64_t value = 0;
-
-    if (size > input->size)
-        size = input->size;
-    memcpy(&value, input->data, size);
-    input->data += size;
-    input->size -= size;
-    return value;
-}
 
 /* A chain of up to four descriptors for the queue whose rings are at `rings`. A transmitted one
  * begins with a virtio_net_hdr_v1 of the input. Returns the descriptors taken. */

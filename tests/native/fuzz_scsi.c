@@ -16,6 +16,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "fuzz_input.h"
 #include "scsi_cdrom.h"
 #include "scsi_disk.h"
 #include "virtio_scsi.h"
@@ -29,23 +30,6 @@ enum {
     IMAGE = 0x10000,
     UNITS = 3,
 };
-
-struct input {
-    const uint8_t *data;
-    size_t size;
-};
-
-static uint64_t take(struct input *input, size_t size)
-{
-    uint64_t value = 0;
-
-    if (size > input->size)
-        size = input->size;
-    memcpy(&value, input->data, size);
-    input->data += size;
-    input->size -= size;
-    return value;
-}
 
 /* --- what Python does ----------------------------------------------------------------------- */
 
