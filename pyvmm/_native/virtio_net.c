@@ -911,6 +911,8 @@ static int wait_for_news(struct virtio_net_pair *pair, bool block)
             continue; /* a notification */
         if (events[i].events & ~(uint32_t)EPOLLOUT)
             pair->readable = true;
+        if (pair->device->framing == NET_FRAMING_TAP && (events[i].events & EPOLLERR))
+            pair->gone = true; /* the interface was deleted */
         if ((events[i].events & EPOLLOUT) && pair->blocked) {
             struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u32 = 1};
 

@@ -76,7 +76,9 @@ class Server:
     def _answer(self, connection: socket.socket) -> None:
         request = b""
         while b"\r\n\r\n" not in request:
-            request += connection.recv(4096)
+            part = connection.recv(4096)
+            assert part, "a client closed before it asked for anything"
+            request += part
         head, _, rest = request.partition(b"\r\n\r\n")
         method, path = head.split()[:2]
         body = self.data if path == b"/data" else path + b"\n"
@@ -87,9 +89,11 @@ class Server:
             digest, left = hashlib.md5(rest), int(length) - len(rest)
             while left > 0:
                 part = connection.recv(min(left, MIB))
+                assert part, "a client closed before it had sent everything"
                 digest.update(part)
                 left -= len(part)
             self.uploads.append(digest.hexdigest())
+            body = b""
         head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
         connection.sendall(head + body)
 

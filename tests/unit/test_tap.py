@@ -5,16 +5,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.mmio_driver import MmioDriver, wait_until
 
 from pyvmm._core import lib
 from pyvmm.backends import tap
 from pyvmm.backends.tap import open_tap
 from pyvmm.errors import UsageError
+from pyvmm.virtio.net import VirtioNet
+
+MAC = bytes.fromhex("525400123456")
 
 
 def _ip(*words: str) -> None:
@@ -197,3 +203,41 @@ class TestRefusals:
         with pytest.raises(UsageError) as error:
             open_tap(name)
         assert str(error.value) == f"{name!r} is not a name that a network interface can have"
+
+
+@needs_taps
+def test_frames_of_a_device_pass_both_ways(name: str) -> None:
+    """With the kernel for a peer, and headers that it takes and gives."""
+    port = open_tap(name)
+    device = VirtioNet(port, mac=MAC)
+    frame = MAC + b"\x52\x54\0\0\0\x99" + b"\x88\xb5" + os.urandom(2000)
+    with MmioDriver(device) as driver, socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+        raw.bind((name, 0x88B5))
+        raw.settimeout(10)
+        driver.start()
+        driver.request(1, (bytes(12), frame[:1000]))
+        assert raw.recv(2000) == frame[:1000]
+        for _ in range(12):
+            driver.request(0, (), (512,))
+        raw.send(frame[:1200])
+        buffers: list[bytes] = []
+        while not b"".join(buffers).endswith(frame[:1200]):  # IPv6 says something, too
+            buffers += driver.replies(0)
+        assert buffers[-3][:12] == struct.pack("<10xH", 3)
+        # Cut into segments by the kernel: checksums missing, as the header says.
+        header = struct.pack("<BBHHHHH", 1, 0, 0, 0, 34, 16, 0)
+        driver.request(1, (header, frame[:60]))
+        assert len(raw.recv(2000)) == 60
+        # The kernel refuses a header that contradicts the frame; the queue goes on.
+        header = struct.pack("<BBHHHHH", 1, 1, 54, 1448, 34, 16, 0)
+        driver.request(1, (header, frame[:60]))
+        driver.request(1, (bytes(12), frame[:77]))
+        assert len(raw.recv(2000)) in (60, 77)
+        assert device.counters["tx_frames"] + device.counters["tx_dropped"] == 4
+        subprocess.run(["ip", "link", "set", name, "down"], check=True)
+        driver.request(1, (bytes(12), frame[:77]))
+        wait_until(lambda: device.counters["tx_dropped"] > 0)
+        assert device.link_up
+        _ip("link", "del", name)
+        wait_until(lambda: not device.link_up)
+    port.close()
