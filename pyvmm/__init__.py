@@ -13,6 +13,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.backends.switch import Switch
     from pyvmm.config import ChardevConfig, DiskConfig, NetConfig, VmConfig
     from pyvmm.errors import (
         ExitStatus,
@@ -39,11 +40,13 @@ __all__ = [
     "NoKvmError",
     "Outcome",
     "PyvmmError",
+    "Switch",
     "UsageError",
     "VmConfig",
 ]
 
 _HOMES = {
+    "pyvmm.backends.switch": ("Switch",),
     "pyvmm.config": ("ChardevConfig", "DiskConfig", "NetConfig", "VmConfig"),
     "pyvmm.errors": (
         "ExitStatus",
