@@ -257,12 +257,22 @@ class HostForwards(Texts):
 
 NETS = {
     "user": "the host's own connections, without rights: DHCP, DNS, TCP, UDP; see hostfwd",
+    "passt": "the same through the program passt; the guest has the host's own addresses",
+    "switch=PATH": "a network of virtual machines, those that name the same Unix socket",
     "tap=NAME": "an Ethernet interface of the host; without rights, one that was made for you",
 }
-# The keys that belong to one kind of network alone.
-_KEYS_OF_NETS = {
-    "user": ("hostfwd", "net", "hostname", "restrict", "loopback", "ipv6"),
-    "tap": ("tap", "vhost", "queues"),
+# The keys that belong to some kinds of network alone.
+_KINDS_OF_KEYS = {
+    "tap": ("tap",),
+    "vhost": ("tap",),
+    "queues": ("tap",),
+    "switch": ("switch",),
+    "hostfwd": ("user", "passt"),
+    "loopback": ("user", "passt"),
+    "ipv6": ("user", "passt"),
+    "net": ("user",),
+    "hostname": ("user",),
+    "restrict": ("user",),
 }
 
 
@@ -283,11 +293,12 @@ class NetConfig(Record, implied="kind"):
     queues: int = setting(
         Integer(1, 16), default=1, help="tap: pairs of virtqueues, as a rule one per CPU"
     )
+    switch: str | None = setting(Path(), default=None, help="the switch whose socket has that path")
     hostfwd: tuple[str, ...] = setting(
         HostForwards(),
         default=(),
-        help="user: a port of the host that leads to the guest, such as tcp:127.0.0.1:2222-:22; "
-        "port 0 takes a free one; may be repeated",
+        help="user, passt: a port of the host that leads to the guest, such as "
+        "tcp:127.0.0.1:2222-:22; user takes a free one for port 0; may be repeated",
     )
     net: str = setting(
         Ipv4Network(),
@@ -304,9 +315,9 @@ class NetConfig(Record, implied="kind"):
     loopback: bool = setting(
         Boolean(),
         default=True,
-        help="user: let the guest reach servers on the host's 127.0.0.1, as number 2",
+        help="user, passt: let the guest reach servers on the host's 127.0.0.1, at its router",
     )
-    ipv6: bool = setting(Boolean(), default=True, help="user: IPv6 as well")
+    ipv6: bool = setting(Boolean(), default=True, help="user, passt: IPv6 as well")
     mac: str | None = setting(
         MacAddress(), default=None, help="the guest's MAC address, else one that stays the same"
     )
@@ -331,13 +342,15 @@ class NetConfig(Record, implied="kind"):
         if forms[kind] != kind and not getattr(self, kind):
             raise UsageError(f"{place}: {kind} needs a value: give {forms[kind]}")
         self.__dict__["kind"] = kind
-        for owner, keys in _KEYS_OF_NETS.items():
-            for key in keys:
-                if kind != owner and getattr(self, key) != self.settings[key].default:
-                    raise UsageError(f"{place}: {key} is for {forms[owner]}, not for {forms[kind]}")
-        if kind == "user" and self.mtu is not None and not 576 <= self.mtu <= 65520:
+        for key, kinds in _KINDS_OF_KEYS.items():
+            if kind not in kinds and getattr(self, key) != self.settings[key].default:
+                owners = any_of(forms[owner] for owner in kinds)
+                raise UsageError(f"{place}: {key} is for {owners}, not for {forms[kind]}")
+        least, most = (576, 65520) if kind in ("user", "passt") else (68, 65521)
+        if self.mtu is not None and not least <= self.mtu <= most:
             raise UsageError(
-                f"{place}: mtu={self.mtu} is out of range for user: give one from 576 to 65520"
+                f"{place}: mtu={self.mtu} is out of range for {kind}: "
+                f"give one from {least} to {most}"
             )
         if self.vhost and self.pcap is not None:
             raise UsageError(

@@ -81,6 +81,21 @@ def open_port(config: NetConfig) -> NetPort:
                 ipv6=config.ipv6,
                 forwards=[Forward.from_text(text) for text in config.hostfwd],
             )
+        case "passt":
+            from pyvmm.backends.forward import Forward
+            from pyvmm.backends.passt import DEFAULT_MTU, Passt
+
+            return Passt(
+                mtu=config.mtu or DEFAULT_MTU,
+                loopback=config.loopback,
+                ipv6=config.ipv6,
+                forwards=[Forward.from_text(text) for text in config.hostfwd],
+            )
+        case "switch":
+            from pyvmm.backends.switch import SwitchPort
+
+            assert config.switch is not None
+            return SwitchPort(config.switch, mtu=config.mtu or 0, offloads=config.offloads)
         case "tap":
             from pyvmm.backends.tap import open_tap
 

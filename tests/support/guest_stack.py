@@ -20,6 +20,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any, Self
 
 CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWNS = 0x10000000, 0x40000000, 0x00020000
@@ -31,13 +32,21 @@ LONGEST = HEADER + 14 + 65535
 
 
 class GuestStack:
-    """The guest on the far end of `fd`: packet framing, frames with a header of 12 bytes.
+    """The guest on the far end of `fd`, with packet framing and a header of 12 bytes before frames;
+    or with `stream` framing, and without.
 
     `up` gives it an address; `run` runs a command as in the guest. RuntimeError, with the reason,
     where the machine does not let us make one.
     """
 
-    def __init__(self, fd: int, *, mtu: int = 1500, mac: str = "52:54:00:12:34:56") -> None:
+    def __init__(
+        self,
+        fd: int,
+        *,
+        mtu: int = 1500,
+        mac: str = "52:54:00:12:34:56",
+        stream: bool = False,
+    ) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
@@ -45,7 +54,7 @@ class GuestStack:
                 pass_fds=(fd, theirs.fileno()),
             )
         try:
-            self._ask({"do": "start"})
+            self._ask({"do": "start", "stream": stream})
             self.run(f"ip link set lo up; ip link set eth0 address {mac} mtu {mtu} up")
         except BaseException:
             self.close()
@@ -128,11 +137,12 @@ def _unshare() -> None:
                 file.write(line)
 
 
-def _tap() -> int:
+def _tap(*, headers: bool) -> int:
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+    flags = IFF_TAP | IFF_NO_PI | (IFF_VNET_HDR if headers else 0)
     fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", b"eth0", flags))
-    fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", HEADER))
+    if headers:
+        fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", HEADER))
     return fd
 
 
@@ -145,10 +155,13 @@ class _Copier:
         self._backend = socket.socket(fileno=os.dup(backend))
         self.backend = self._backend.fileno()
         self._late: bytes | None = None
+        self._stream = False
+        self._partial = b""  # of a stream: what is not yet a whole frame
 
-    def start(self) -> None:
+    def start(self, *, stream: bool) -> None:
+        self._stream = stream
         _unshare()
-        self.tap = _tap()
+        self.tap = _tap(headers=not stream)
         self.hold(False)
         self._watch_tap()
 
@@ -174,7 +187,7 @@ class _Copier:
                 frame = os.read(self.tap, LONGEST)
             except OSError:
                 return
-            self._send(frame)
+            self._send(struct.pack("!I", len(frame)) + frame if self._stream else frame)
             if self._late is not None:
                 self.poll.unregister(self.tap)
                 self._watch_backend()
@@ -182,9 +195,11 @@ class _Copier:
 
     def _send(self, frame: bytes) -> None:
         try:
-            self._backend.send(frame, socket.MSG_DONTWAIT)
+            sent = self._backend.send(frame, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            self._late = frame
+            sent = 0
+        if sent < len(frame):
+            self._late = frame[sent:]
 
     def _to_tap(self) -> None:
         for _ in range(BURST):
@@ -195,8 +210,18 @@ class _Copier:
             if not frame:
                 self.poll.unregister(self.backend)
                 return
-            with contextlib.suppress(OSError):  # the interface is down
-                os.write(self.tap, frame)
+            for each in self._frames(frame) if self._stream else [frame]:
+                with contextlib.suppress(OSError):  # the interface is down
+                    os.write(self.tap, each)
+
+    def _frames(self, data: bytes) -> Iterator[bytes]:
+        self._partial += data
+        while len(self._partial) >= 4:
+            end = 4 + int.from_bytes(self._partial[:4], "big")
+            if len(self._partial) < end:
+                return
+            yield self._partial[4:end]
+            self._partial = self._partial[end:]
 
     def _watch_tap(self) -> None:
         if self._late is None:
@@ -231,7 +256,7 @@ def _serve(backend: int, control: socket.socket) -> None:
 def _do(copier: _Copier, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     what = request["do"]
     if what == "start":
-        copier.start()
+        copier.start(stream=request["stream"])
     elif what == "hold":
         copier.hold(request["held"])
     elif what == "run":

@@ -179,7 +179,10 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mac=52:54:00:12:34:56", "--net is connected to nothing: give user or tap=NAME"),
+        (
+            "mac=52:54:00:12:34:56",
+            "--net is connected to nothing: give user, passt, switch=PATH or tap=NAME",
+        ),
         ("tap", "--net: tap needs a value: give tap=NAME"),
         (
             "tap=a-name-of-16-char",
@@ -212,6 +215,9 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
             "give one such as tcp:127.0.0.1:2222-:22",
         ),
         ("user,vhost=on", "--net: vhost is for tap=NAME, not for user"),
+        ("switch", "--net: switch needs a value: give switch=PATH"),
+        ("switch=/s,hostfwd=tcp::1-:1", "--net: hostfwd is for user or passt, not for switch=PATH"),
+        ("passt,net=10.0.3.0/24", "--net: net is for user, not for passt"),
         ("tap=t0,restrict=on", "--net: restrict is for user, not for tap=NAME"),
         (
             "user,net=10.0.2.0",
