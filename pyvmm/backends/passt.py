@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 PROGRAM = "passt"
 DEFAULT_MTU = 65520
 
+# As much of it as the kernel gives: what does not fit passt drops, and sends again seconds later.
+_SOCKET_BUFFER = 4 << 20
+
 # It goes to the background as soon as it is ready, after some 50 ms.
 _START_TIMEOUT = 20.0
 
@@ -59,6 +62,8 @@ class Passt(NetPort):
             for spec in specs or ["none"]:
                 options += [flag, spec]
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
         try:
             with theirs:
                 _run(options, theirs.fileno())

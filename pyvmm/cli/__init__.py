@@ -25,6 +25,7 @@ COMMANDS = {
     "run": "start a virtual machine",
     "doctor": "tell what this machine can do, and how to mend what it cannot",
     "nested": "run a command where there is a real KVM: inside an emulated machine",
+    "switch": "join virtual machines to a network of their own",
     "images": "build the guests of the demo and the tests: kernels, initramfs, disks",
 }
 

@@ -534,3 +534,20 @@ class TestSwitchOfItsOwn:
         with pytest.raises(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
         station.close()
+
+
+def test_command(tmp_path: Path) -> None:
+    path = tmp_path / "switch"
+    command = [sys.executable, "-m", "pyvmm", "switch", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"pyvmm: the switch {path} is there; Ctrl-C ends it\n"
+        a, b = Station(str(path), 1), Station(str(path), 2)
+        a.send(BROADCAST, b"hello")
+        assert b.receive()[HEADER_SIZE + 12 :] == b"hello"
+        a.close()
+        b.close()
+        assert path.exists()
+        process.terminate()
+        assert process.wait() == 0
+    assert not path.exists()
