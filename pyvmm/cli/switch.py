@@ -20,14 +20,13 @@ it, and ends with the last one; this command is for one that is there before and
 
 def run(args: argparse.Namespace) -> int:
     import signal
+    from contextlib import suppress
 
     from pyvmm.backends.switch import Switch
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Switch(args.path) as switch:
         print(f"pyvmm: the switch {switch.path} is there; Ctrl-C ends it", flush=True)
-        try:
+        with suppress(KeyboardInterrupt):
             signal.pause()
-        except KeyboardInterrupt:
-            pass
     return ExitStatus.OK

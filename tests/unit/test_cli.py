@@ -100,12 +100,12 @@ class TestDispatch:
             (["rnu"], "unknown command 'rnu', did you mean 'run'? (see pyvmm --help)"),
             (
                 ["xyzzy"],
-                "unknown command 'xyzzy': the commands are run, doctor, nested or images "
+                "unknown command 'xyzzy': the commands are run, doctor, nested, switch or images "
                 "(see pyvmm --help)",
             ),
             (
                 ["--quiet"],
-                "unknown option '--quiet': the commands are run, doctor, nested or images "
+                "unknown option '--quiet': the commands are run, doctor, nested, switch or images "
                 "(see pyvmm --help)",
             ),
             (
