@@ -132,7 +132,10 @@ class UserNet(NetPort):
         )
         if port < 0:
             raise UsageError(f"hostfwd={asked}: {_why_not_forwarded(asked, -port)}")
-        return Forward(asked.protocol, asked.host, port, asked.guest, asked.guest_port)
+        made = Forward(asked.protocol, asked.host, port, asked.guest, asked.guest_port)
+        if asked.host_port == 0:
+            self.remarks.append(f"the guest's network forwards {made}")
+        return made
 
     def _serve(self) -> None:
         result = self._lib.slirp_net_run(self._native)

@@ -286,6 +286,7 @@ class TestForwards:
         net, guest = start(forwards=[Forward.from_text(rule) for rule in rules])
         assert net.forwards[0].host_port == given
         assert all(each.host_port for each in net.forwards)
+        assert net.remarks == [f"the guest's network forwards {each}" for each in net.forwards[1:]]
         for index, port in enumerate((22, 80)):
             with (
                 guest.listen(port) as listener,
