@@ -22,6 +22,7 @@ from support.linux_guest import LinuxGuest, boot_tiny, image, scratch_directory
 from support.tgt import Tgt, wait_until
 
 from pyvmm._core import ffi, lib
+from pyvmm.backends.scsi import host
 from pyvmm.backends.scsi.cdrom import MediumLocked
 from pyvmm.backends.scsi.host import open_host_device
 from pyvmm.errors import UsageError
@@ -246,7 +247,7 @@ class TestHostDevices:
         try:
             status, output = guest.run(f"dmesg -c >/dev/null; {read}")
             assert status != 0
-            assert "Input/output error" in output
+            assert "No data available" in output
             log = guest.check("dmesg")
             assert "Medium Error" in log
             assert f"sector {BAD_BLOCK}" in log
@@ -282,7 +283,7 @@ class TestHostDevices:
             "83 11" + " 00" * 14: "Invalid command operation code",
             "3b 05 00 00 00 00 00 00 00 00": "Invalid field in cdb",
         }.items():
-            assert said in guest.fails(f"sg_raw /dev/{name} {cdb}"), cdb
+            assert said in guest.fails(f"sg_raw -c 1 /dev/{name} {cdb}"), cdb
         # More data than the command has, and less; data in the wrong direction.
         assert guest.query(GENERIC, bytes((0x12, 0, 0, 0, 5, 0)), 4096)[:1] == b"\0"
         guest.run(f"chroot /mnt sg_raw -s 512 -i /dev/zero /dev/{name} 28 0 0 0 0 0 0 0 1 0 2>&1")
@@ -295,8 +296,8 @@ class TestHostDevices:
         assert "Maximum transfer length" in guest.sg3(f"sg_vpd -p bl /dev/{name}")
         assert "Write same" in guest.sg3(f"sg_opcodes /dev/{name}")
         assert "Last LBA" in guest.sg3(f"sg_readcap /dev/{name}")
-        guest.sg3(f"sg_unmap --lba=100000 --num=100 /dev/{name}")
-        assert f"{EMPTY:x}" in guest.sg3(f"sg_luns /dev/{name}")
+        guest.sg3(f"sg_unmap --force --lba=100000 --num=100 /dev/{name}")
+        assert "6 lun entries" in guest.sg3(f"sg_luns /dev/{name}")
 
 
 class TestLostCommands:
@@ -335,19 +336,20 @@ class TestCdrom:
         assert "Read TOC" in guest.sg3(f"sg_opcodes /dev/{name}")
 
     def test_nonsense(self, guest: Guest) -> None:
+        name = guest.name(CD, "scsi_generic")
         for cdb, said in {
             "2a 00 00 00 00 00 00 00 00 00": "Invalid command operation code",
             "ff" + " 00" * 15: "Invalid command operation code",
             "43 04 00 00 00 00 00 00 0c 00": "Invalid field in cdb",
             "28 00 ff ff ff ff 00 00 01 00": "Logical block address out of range",
         }.items():
-            assert said in guest.fails(f"sg_raw /dev/sr0 {cdb}"), cdb
+            assert said in guest.fails(f"sg_raw -c 1 /dev/{name} {cdb}"), cdb
         guest.sg3("sg_turs /dev/sr0")
 
     def test_mounted_and_locked(self, guest: Guest, isos: dict[str, Path]) -> None:
         expected = hashlib.sha256(contents("first")).hexdigest()
         guest.check("mkdir -p /tmp/cd; mount -t iso9660 -o ro /dev/sr0 /tmp/cd")
-        assert guest.check("sha256sum </tmp/cd/[Ff]*").split()[0] == expected
+        assert guest.check("cat /tmp/cd/* | sha256sum").split()[0] == expected
         with pytest.raises(MediumLocked):
             guest.vm.change_medium("cd0", str(isos["second"]))
         status, output = guest.run("eject /dev/sr0")
@@ -360,7 +362,7 @@ class TestCdrom:
             assert guest.vm.medium("cd0") == str(isos[name])
             guest.check("mount -t iso9660 -o ro /dev/sr0 /tmp/cd")
             expected = hashlib.sha256(contents(name)).hexdigest()
-            assert guest.check("sha256sum </tmp/cd/[FfSs]*").split()[0] == expected
+            assert guest.check("cat /tmp/cd/* | sha256sum").split()[0] == expected
             guest.check("umount /tmp/cd")
 
     def test_the_guest_ejects_and_loads(self, guest: Guest, isos: dict[str, Path]) -> None:
@@ -400,8 +402,8 @@ class TestIscsi:
         assert "VIRTUAL-DISK" in guest.sg3(f"sg_inq /dev/{name}")
         assert "IET" in guest.sg3(f"sg_vpd -p di /dev/{name}")
         assert "Last LBA" in guest.sg3(f"sg_readcap --16 /dev/{name}")
-        assert "Invalid command" in guest.fails(f"sg_raw /dev/{name} ff" + " 00" * 15)
-        assert "Invalid command" in guest.fails(f"sg_raw /dev/{name} 83" + " 00" * 15)
+        assert "Invalid command" in guest.fails(f"sg_raw -c 1 /dev/{name} ff" + " 00" * 15)
+        assert "Invalid command" in guest.fails(f"sg_raw -c 1 /dev/{name} 83" + " 00" * 15)
 
     def test_the_target_goes_and_comes_back_under_load(self, guest: Guest, tgt: Tgt) -> None:
         name = guest.name(REMOTE)
@@ -460,7 +462,7 @@ def in_use(path: str) -> str:
     )
 
 
-def test_opening(scsi_debug: ScsiDebug, tmp_path: Path) -> None:
+def test_opening(scsi_debug: ScsiDebug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, generic = scsi_debug.node(2), scsi_debug.node(2, "scsi_generic")
     for path in (disk, generic):
         with open_host_device(path) as device:
@@ -471,6 +473,17 @@ def test_opening(scsi_debug: ScsiDebug, tmp_path: Path) -> None:
             for other in (disk, generic):
                 assert refusal(other) == in_use(other)
         device.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "_may_do_all", lambda: False)
+        with open_host_device(disk) as device:
+            assert device.remark == (
+                f"the host's kernel lets only harmless commands through to {disk}, "
+                "as pyvmm lacks CAP_SYS_RAWIO"
+            )
+        patch.setattr(host, "_query", lambda *arguments: b"")
+        assert refusal(disk) == (
+            f"the SCSI device {disk} does not answer an INQUIRY: check it with sg_inq {disk}"
+        )
     assert refusal(f"{disk}1") == (
         f"the SCSI device {disk}1 is a partition: pass the whole of {disk} through, "
         f"or give the guest a disk with --disk {disk}1"
