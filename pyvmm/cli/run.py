@@ -34,6 +34,8 @@ examples:
   pyvmm run --image debian --net tap=tap0,queues=2 --cpus 2
       a network interface on the host's tap0, which 'ip tuntap add dev tap0 mode tap user $USER
       multi_queue' makes
+  pyvmm run --image debian --cdrom media.iso --scsi-device iscsi://storage/iqn.2026-11.example:a/1
+      a CD drive, and a disk of an iSCSI target
   pyvmm run --kernel bzImage --disk disk.img --dry-run > vm.toml
   pyvmm run --config vm.toml --memory 2G
       the same machine from a file, with more memory
