@@ -139,11 +139,11 @@ static enum scsi_delivery delivery_of(uint32_t host_status)
     case 0x0C: /* DID_IMM_RETRY */
     case 0x0D: /* DID_REQUEUE */
         return SCSI_QUEUE_BUSY;
-    case 0x03: /* DID_TIME_OUT */
     case 0x05: /* DID_ABORT */
         return SCSI_ABORTED;
     case 0x08: /* DID_RESET */
         return SCSI_RESET;
+    case 0x03: /* DID_TIME_OUT: drivers try again, which they do not after an abort */
     case 0x0E: /* DID_TRANSPORT_DISRUPTED */
     case 0x0F: /* DID_TRANSPORT_FAILFAST */
     case 0x14: /* DID_TRANSPORT_MARGINAL */

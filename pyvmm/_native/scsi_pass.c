@@ -2,7 +2,7 @@
 
 #include <string.h>
 
-#define QUICK_SECONDS 60u
+#define QUICK_SECONDS 30u
 #define SLOW_SECONDS (24u * 3600)
 
 enum {

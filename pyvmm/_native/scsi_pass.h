@@ -35,7 +35,8 @@ void scsi_pass_patch(const struct scsi_pass_limits *limits, const uint8_t *cdb, 
                      uint32_t size);
 
 /* How long the command may take before the way to the logical unit gives up on it, in seconds:
- * longer than drivers wait for what is quick, and a day for what may format a disk. */
+ * as long as drivers wait for what is quick, and a day for what may format a disk. Linux' driver of
+ * virtio-scsi leaves it to the host to give up. */
 uint32_t scsi_pass_timeout(const uint8_t *cdb);
 
 /* Copies all of data-out to `to`; the first `size` bytes at `from` to data-in. */
