@@ -466,7 +466,7 @@ class TestIscsi:
     def test_the_target_goes_and_comes_back_under_load(self, guest: Guest, tgt: Tgt) -> None:
         name = guest.name(REMOTE)
         mark = guest.start(
-            f"for i in $(seq 60); do dd if=/tmp/data of=/dev/{name} bs=256k oflag=direct "
+            f"for i in $(seq 8); do dd if=/tmp/data of=/dev/{name} bs=256k oflag=direct "
             "|| exit 1; done 2>/dev/null"
         )
         time.sleep(1)
