@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyvmm._core import lib
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import TracebackType
@@ -172,7 +174,10 @@ class Machine:
         command += ["-device", "vhost-user-fs-pci,chardev=fs,tag=host"]
         command += ["-serial", f"file:{self._console}"]
         command += ["-kernel", str(self._bundle.kernel), "-initrd", str(self._bundle.initrd)]
-        return [*command, "-append", _KERNEL_PARAMETERS]
+        # TCG's guests read the host's counter. On a busy host the kernel first takes it for some
+        # thousandths slower or faster, and KVM gives its guests a clock after that first guess.
+        counter = f"tsc_early_khz={lib.host_tsc_khz()}"
+        return [*command, "-append", f"{_KERNEL_PARAMETERS} {counter}"]
 
     def stop(self) -> None:
         """Ends the machine at once: what the command wrote to files is already with the host."""

@@ -18,6 +18,7 @@ import pytest
 import pyvmm.nested
 import pyvmm.nested.bundle
 import pyvmm.nested.session
+from pyvmm._core import lib
 from pyvmm.errors import NoKvmError, UsageError
 from pyvmm.nested import NestedConfig, machine, run_nested, session
 from pyvmm.nested.machine import CONTROL, PORTS, STDERR, STDIN, STDOUT
@@ -110,6 +111,12 @@ def catches(pid: int, number: int) -> bool:
     match = re.search(r"^SigCgt:\t(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     assert match is not None
     return bool(int(match[1], 16) & (1 << (number - 1)))
+
+
+def test_the_rate_of_the_time_stamp_counter_is_measured_well() -> None:
+    rates = [lib.host_tsc_khz() for _ in range(5)]
+    assert min(rates) > 100_000
+    assert sorted(rates)[3] - sorted(rates)[1] < min(rates) / 10_000, rates
 
 
 def test_the_protocol_is_that_of_the_header() -> None:
