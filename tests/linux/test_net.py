@@ -210,10 +210,10 @@ class TestTap:
     def test_short_connections(self, guest: LinuxGuest, server: Server) -> None:
         before = server.connections
         output = guest.check(
-            f"chroot /mnt curl -sS '{server.url}/[1-{CONNECTIONS}]' | grep -v ^--_curl_-- | md5sum"
+            f"chroot /mnt curl -Z '{server.url}/[1-{CONNECTIONS}]' >/tmp/said 2>/tmp/progress\n"
+            "grep -v ^--_curl_-- /tmp/said | sort | uniq | wc -l"
         )
-        said = "".join(f"/{number}\n" for number in range(1, CONNECTIONS + 1))
-        assert output.split()[0] == hashlib.md5(said.encode()).hexdigest()
+        assert output == str(CONNECTIONS)
         assert server.connections - before == CONNECTIONS
 
     def test_link(self, guest: LinuxGuest) -> None:
