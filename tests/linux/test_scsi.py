@@ -228,6 +228,9 @@ def test_disks_come_and_go(boot: Boot, disk: MakeDisk) -> None:
     wait_for(guest, "[ $(cat /sys/block/sda/size) = 49152 ]")
     assert guest.vm.add_scsi_disk(path=disk("c")) == (0, 1)
     wait_for(guest, "ls /sys/class/scsi_device/0:0:0:1/device/block")
+    # Linux counts those in flat space from 0x4000 on.
+    assert guest.vm.add_scsi_disk(path=disk("d"), lun=300) == (0, 300)
+    wait_for(guest, f"ls /sys/class/scsi_device/0:0:0:{0x4000 + 300}/device/block")
     guest.check("dd if=/dev/sda of=/dev/null 2>/dev/null")
     assert guest.poweroff().status == 0
 
