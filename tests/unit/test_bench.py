@@ -11,7 +11,7 @@ import pytest
 from perf.__main__ import _cases, _line, _table
 from perf.benchmarks import _ECHO, _STREAM_UP, ROWS, Row, _work
 from perf.guests import build_micro, build_program
-from perf.monitors import Disk, Guest, pyvmm_command
+from perf.monitors import Disk, Guest, Net, pyvmm_command
 from perf.process import GuestFailed, MonitorProcess
 
 from pyvmm import cli
@@ -84,18 +84,31 @@ def test_unknown_benchmark() -> None:
         _cases(["io", "disk"], full=False)
 
 
-@pytest.mark.parametrize("bus", ["blk", "scsi"])
+@pytest.mark.parametrize(
+    ("disk", "net", "shown"),
+    [
+        (Disk(Path("image"), "blk", 2), None, r"queues ?= ?2"),
+        (Disk(Path("image"), "scsi", 2), None, r"queues ?= ?2"),
+        (None, Net("bench0", vhost=True), r"vhost ?= ?(true|on)"),
+        (None, Net(), 'kind = "user"'),
+    ],
+)
 def test_pyvmm_takes_its_command(
-    bus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    disk: Disk | None,
+    net: Net | None,
+    shown: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    kernel, image = tmp_path / "kernel", tmp_path / "image"
-    build_micro(kernel)
-    image.write_bytes(bytes(4096))
-    guest = Guest(kernel, kernel, "quiet", Disk(image, bus, 2), cpus=2)
+    monkeypatch.chdir(tmp_path)
+    build_micro(Path("kernel"))
+    Path("image").write_bytes(bytes(4096))
+    guest = Guest(Path("kernel"), Path("kernel"), "quiet", disk, net, cpus=2)
     command = pyvmm_command(Path("pyvmm"), guest)[1:]
     command[command.index("kvm")] = "nested"  # needs none
     assert cli.main([*command, "--dry-run"]) == 0
-    assert re.search("queues ?= ?2", capsys.readouterr().out)
+    assert re.search(shown, capsys.readouterr().out)
 
 
 def test_line_shows_the_median_and_the_extremes() -> None:
