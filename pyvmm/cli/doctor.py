@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import platform
@@ -57,6 +58,17 @@ _WELCOME_CAPABILITIES = {
     "TSC_DEADLINE_TIMER": "guests use a slower timer",
     "KVMCLOCK_CTRL": "guests complain after a pause",
 }
+# Extension modules that are built where their library is found: what they serve, and its package.
+_OPTIONAL_MODULES = {
+    "_slirp": ("network", "--net user", "libslirp-dev"),
+    "_nbd": ("storage", "--disk nbd=", "libnbd-dev"),
+    "_iscsi": ("storage", "iscsi://", "libiscsi-dev"),
+}
+# Programs that pyvmm starts where they are asked for, likewise.
+_OPTIONAL_PROGRAMS = {
+    "passt": ("network", "--net passt", "passt"),
+    "qemu-nbd": ("storage", "qcow2 and others", "qemu-utils"),
+}
 _CAP_NET_ADMIN = 1 << 12
 _MIB = 1 << 20
 
@@ -103,7 +115,7 @@ def diagnose() -> Diagnosis:
     if any(check.state == "missing" for check in checks):
         return Diagnosis(None, "pyvmm run does not work here: pyvmm is not complete.", checks)
     kvm, nested = list(_check_kvm()), _check_nested()
-    checks += [*kvm, nested, *_check_host(), *_check_network()]
+    checks += [*kvm, nested, *_check_host(), *_check_network(), *_check_optional()]
     against_kvm = [check.text for check in kvm if check.state == "missing"]
     if not against_kvm:
         return Diagnosis("kvm", "pyvmm run works here, on /dev/kvm.", checks)
@@ -269,6 +281,25 @@ def _check_network() -> Iterator[Check]:
     group = "network"
     yield _check_device(group, "tap", TUN_DEVICE, "tun")
     yield _check_device(group, "vhost-net", VHOST_NET_DEVICE, "vhost_net")
+
+
+def _check_optional() -> Iterator[Check]:
+    checks = []
+    for module, (group, name, package) in _OPTIONAL_MODULES.items():
+        library = package.removesuffix("-dev")
+        if importlib.util.find_spec(f"pyvmm.{module}"):
+            checks.append(Check(group, name, "ok", f"{library} is there"))
+        else:
+            text = f"pyvmm was built without {library}"
+            fix = f"apt install {package}, then scripts/setup"
+            checks.append(Check(group, name, "limited", text, fix))
+    for program, (group, name, package) in _OPTIONAL_PROGRAMS.items():
+        if shutil.which(program):
+            checks.append(Check(group, name, "ok", f"{program} is there"))
+        else:
+            text = f"{program} is not installed"
+            checks.append(Check(group, name, "limited", text, f"apt install {package}"))
+    yield from sorted(checks, key=lambda check: check.group)
 
 
 def _check_device(group: str, name: str, path: str, module: str) -> Check:

@@ -27,6 +27,28 @@ from pyvmm.kvm.probe import ProbeResult
 NOBODY = 65534
 
 
+def test_what_is_optional_is_told_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda _name: None)
+    checks = list(doctor._check_optional())
+    assert {check.state for check in checks} == {"limited"}
+    assert [(check.group, check.name, check.text, check.fix) for check in checks[:2]] == [
+        (
+            "network",
+            "--net user",
+            "pyvmm was built without libslirp",
+            "apt install libslirp-dev, then scripts/setup",
+        ),
+        ("network", "--net passt", "passt is not installed", "apt install passt"),
+    ]
+
+
+def test_what_is_optional_and_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _name: object())
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert {check.state for check in doctor._check_optional()} == {"ok"}
+
+
 @contextmanager
 def unprivileged() -> Iterator[None]:
     """Root may open anything, so it becomes nobody meanwhile."""
