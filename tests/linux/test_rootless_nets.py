@@ -162,7 +162,7 @@ def test_two_guests_on_a_switch() -> None:
             guest.vm.close()
 
 
-@pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not installed: apt install openssh-client")
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="no ssh: apt install openssh-client")
 def test_ssh_into_debian(image_disk: Callable[[str], Path], tmp_path: Path) -> None:
     key = tmp_path / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
