@@ -559,8 +559,12 @@ void virtio_scsi_post(struct virtio_scsi_function *function,
         part->function = function;
         pthread_mutex_lock(&queue->lock);
         if (queue->running) {
-            part->next = queue->posted;
-            __atomic_store_n(&queue->posted, part, __ATOMIC_RELAXED);
+            struct virtio_scsi_part **end = &queue->posted;
+
+            while (*end) /* in their order: the last one has the newest map */
+                end = &(*end)->next;
+            part->next = NULL;
+            __atomic_store_n(end, part, __ATOMIC_RELAXED);
             eventfd_signal(queue->kick_fd);
         } else {
             work(queue, part); /* no command is in flight */

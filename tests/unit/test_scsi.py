@@ -473,6 +473,7 @@ class TestTaskManagement:
         ring.publish()  # and no notification
         self.manage_later(driver, ABORT_TASK, tag=1)
         assert unit.entered.wait(10)
+        assert driver.manage(QUERY_TASK, tag=2) == OK  # the queue comes to it after the other one
         unit.release()
         assert driver.driver.replies(CONTROL) == [bytes((OK,))]
         assert self.reply(driver, queue=0).response == ABORTED
