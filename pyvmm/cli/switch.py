@@ -20,13 +20,12 @@ it, and ends with the last one; this command is for one that is there before and
 
 def run(args: argparse.Namespace) -> int:
     import signal
-    from contextlib import suppress
 
     from pyvmm.backends.switch import Switch
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ends = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # they wait until we do
     with Switch(args.path) as switch:
         print(f"pyvmm: the switch {switch.path} is there; Ctrl-C ends it", flush=True)
-        with suppress(KeyboardInterrupt):
-            signal.pause()
+        signal.sigwait(ends)
     return ExitStatus.OK
