@@ -61,9 +61,10 @@ struct virtio_scsi_queue {
     struct iovec *iov;
     struct virtio_scsi_part *working; /* parts of functions that wait for commands to end */
 
-    pthread_mutex_t lock; /* for the next two */
+    pthread_mutex_t lock; /* for the next three */
     bool running;
     struct virtio_scsi_part *posted; /* atomic, so that a look at it needs no lock */
+    struct virtio_scsi_part **posted_end; /* where the next one is put */
 };
 
 /* --- which logical unit ----------------------------------------------------------------------- */
@@ -559,12 +560,9 @@ void virtio_scsi_post(struct virtio_scsi_function *function,
         part->function = function;
         pthread_mutex_lock(&queue->lock);
         if (queue->running) {
-            struct virtio_scsi_part **end = &queue->posted;
-
-            while (*end) /* in their order: the last one has the newest map */
-                end = &(*end)->next;
             part->next = NULL;
-            __atomic_store_n(end, part, __ATOMIC_RELAXED);
+            __atomic_store_n(queue->posted_end, part, __ATOMIC_RELAXED);
+            queue->posted_end = &part->next;
             eventfd_signal(queue->kick_fd);
         } else {
             work(queue, part); /* no command is in flight */
@@ -574,12 +572,18 @@ void virtio_scsi_post(struct virtio_scsi_function *function,
     end_part(function);
 }
 
-/* With the lock held. */
-static void work_on_posted(struct virtio_scsi_queue *queue)
+/* The parts that were posted, in that order. With the lock held. */
+static struct virtio_scsi_part *take_posted(struct virtio_scsi_queue *queue)
 {
     struct virtio_scsi_part *part = queue->posted;
 
     __atomic_store_n(&queue->posted, NULL, __ATOMIC_RELAXED);
+    queue->posted_end = &queue->posted;
+    return part;
+}
+
+static void work_on(struct virtio_scsi_queue *queue, struct virtio_scsi_part *part)
+{
     while (part) {
         struct virtio_scsi_part *next = part->next;
 
@@ -680,17 +684,19 @@ static int serve(struct virtio_scsi_queue *queue)
     int error;
 
     do {
-        bool posted = __atomic_load_n(&queue->posted, __ATOMIC_RELAXED);
-        bool more = start_available(queue);
+        struct virtio_scsi_part *posted = NULL;
+        bool more;
 
-        if (posted) {
-            /* What the driver asked for before is started, and so found. */
-            while (more)
-                more = start_available(queue);
+        /* Taken first: what the driver asked for before them is started, and so found. */
+        if (__atomic_load_n(&queue->posted, __ATOMIC_RELAXED)) {
             pthread_mutex_lock(&queue->lock);
-            work_on_posted(queue);
+            posted = take_posted(queue);
             pthread_mutex_unlock(&queue->lock);
         }
+        more = start_available(queue);
+        while (posted && more)
+            more = start_available(queue);
+        work_on(queue, posted);
         collect_finished(queue);
         publish(queue);
         error = blk_io_wait(queue->io, !more && !queue->vq.broken); /* a stop ends it, too */
@@ -733,7 +739,7 @@ static void end_running(struct virtio_scsi_queue *queue)
         queue->working = part->next;
         end_part(part->function);
     }
-    work_on_posted(queue);
+    work_on(queue, take_posted(queue));
     pthread_mutex_unlock(&queue->lock);
 }
 
@@ -801,6 +807,7 @@ struct virtio_scsi_queue *virtio_scsi_queue_create(const struct virtio_scsi_map 
     queue->engine = engine;
     queue->irq = irq;
     queue->kick_fd = kick_fd;
+    queue->posted_end = &queue->posted;
     queue->cdb_size = sizes->cdb_size;
     queue->request_size = REQUEST_HEADER + sizes->cdb_size;
     queue->response_size = RESPONSE_HEADER + sizes->sense_size;

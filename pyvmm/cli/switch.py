@@ -23,9 +23,13 @@ def run(args: argparse.Namespace) -> int:
 
     from pyvmm.backends.switch import Switch
 
-    ends = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # they wait until we do
-    with Switch(args.path) as switch:
-        print(f"pyvmm: the switch {switch.path} is there; Ctrl-C ends it", flush=True)
-        signal.sigwait(ends)
+    # Blocked, they wait until they are asked for; before there is a thread, which inherits that.
+    ends = (signal.SIGINT, signal.SIGTERM)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    try:
+        with Switch(args.path) as switch:
+            print(f"pyvmm: the switch {switch.path} is there; Ctrl-C ends it", flush=True)
+            signal.sigwait(ends)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return ExitStatus.OK

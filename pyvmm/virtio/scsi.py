@@ -365,8 +365,10 @@ class VirtioScsi(PythonDevice):
 
     def _finish_functions(self) -> None:
         os.eventfd_read(self._done_fd)
-        finished = [each for each in self._functions if not each[0].pending]
-        self._functions = [each for each in self._functions if each[0].pending]
+        functions, self._functions = self._functions, []
+        finished: list[tuple[Any, Callable[[Any], None]]] = []
+        for each in functions:  # one look at each: it may end at any moment
+            (self._functions if each[0].pending else finished).append(each)
         for function, done in finished:
             done(function)
 

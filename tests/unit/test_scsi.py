@@ -421,12 +421,15 @@ class TestTaskManagement:
         (data,) = driver.driver.replies(FIRST_REQUEST_QUEUE + queue)
         return driver.parse(data, len(data), 255)
 
-    def manage_later(self, driver: ScsiDriver, subtype: int, **where: int) -> None:
+    def request(self, driver: ScsiDriver, subtype: int, **where: int) -> None:
         place = flat(where.get("target", 0), where.get("lun", 0))
         request = struct.pack("<II8sQ", 0, subtype, place, where.get("tag", 0))
-        waiting = len(self.host.device._functions)
         driver.driver.request(CONTROL, (request,), (1,))
-        wait_until(lambda: len(self.host.device._functions) > waiting)
+
+    def manage_later(self, driver: ScsiDriver, subtype: int, **where: int) -> None:
+        """A function, the only one, that has found a command and now waits for its end."""
+        self.request(driver, subtype, **where)
+        wait_until(lambda: any(each.matched for each, _ in self.host.device._functions))
 
     @pytest.mark.parametrize(
         ("subtype", "where", "response"),
@@ -473,19 +476,38 @@ class TestTaskManagement:
         ring.publish()  # and no notification
         self.manage_later(driver, ABORT_TASK, tag=1)
         assert unit.entered.wait(10)
-        assert driver.manage(QUERY_TASK, tag=2) == OK  # the queue comes to it after the other one
         unit.release()
         assert driver.driver.replies(CONTROL) == [bytes((OK,))]
         assert self.reply(driver, queue=0).response == ABORTED
 
     def test_two_functions_on_one_task(self, driver: ScsiDriver) -> None:
         unit = self.hold(driver)
-        self.manage_later(driver, ABORT_TASK, tag=7)
-        self.manage_later(driver, UNIT_RESET)
-        assert driver.manage(QUERY_TASK, tag=1) in (OK, SUCCEEDED)
+        self.request(driver, ABORT_TASK, tag=7)
+        self.request(driver, UNIT_RESET)
+        assert driver.manage(QUERY_TASK, tag=1) == OK  # the queues are done with the others
         unit.release()
         assert driver.driver.replies(CONTROL, 2) == [bytes((OK,))] * 2
         assert self.reply(driver).response == ABORTED
+
+    def test_a_function_that_ends_while_it_is_looked_at(self) -> None:
+        class Ending:
+            looks = 0
+
+            @property
+            def pending(self) -> bool:
+                self.looks += 1
+                return self.looks == 1
+
+        device = VirtioScsi()
+        answered: list[Any] = []
+        with ExitStack() as stack:
+            device._done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            stack.callback(device.deactivate)
+            device._functions = [(function := Ending(), answered.append)]
+            for _ in range(2):
+                os.eventfd_write(device._done_fd, 1)
+                device._finish_functions()
+        assert answered == [function]
 
     def test_query(self, driver: ScsiDriver) -> None:
         assert driver.manage(QUERY_TASK_SET) == OK
