@@ -25,12 +25,14 @@ if TYPE_CHECKING:
         PyvmmError,
         UsageError,
     )
+    from pyvmm.machine.events import Event
     from pyvmm.machine.vm import VM, Outcome
 
 __all__ = [
     "VM",
     "ChardevConfig",
     "DiskConfig",
+    "Event",
     "ExitStatus",
     "GuestCrash",
     "GuestPanic",
@@ -58,6 +60,7 @@ _HOMES = {
         "PyvmmError",
         "UsageError",
     ),
+    "pyvmm.machine.events": ("Event",),
     "pyvmm.machine.vm": ("VM", "Outcome"),
 }
 

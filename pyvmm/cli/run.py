@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any, Self
 
+    from pyvmm.machine.events import Event
+    from pyvmm.machine.vm import VM
+
 # What the kernel and the programs of the emulated machine need beside the guest's memory.
 _NESTED_OWN_MEMORY = 512 * MIB
 
@@ -330,7 +333,7 @@ def _run_here(config: VmConfig) -> int:
     from pyvmm.machine.vm import VM
 
     with _Signals() as signals, VM(config) as vm:
-        vm.on_stopped = _tell_how_to_go_on
+        vm.on_event(lambda event: _tell_how_to_go_on(vm, event))
         vm.start()
         gc.enable()
         signals.connect(vm.stop, vm.resume)
@@ -341,12 +344,13 @@ def _run_here(config: VmConfig) -> int:
     return outcome.status
 
 
-def _tell_how_to_go_on(what: str) -> None:
-    print(
-        f"\npyvmm: the guest is stopped by {what}; put that right, then let it try again: "
-        f"kill -CONT {os.getpid()}",
-        file=sys.stderr,
-    )
+def _tell_how_to_go_on(vm: VM, event: Event) -> None:
+    if event.name == "BLOCK_IO_ERROR":
+        print(
+            f"\npyvmm: the guest is stopped by {vm.stopped_by}; put that right, "
+            f"then let it try again: kill -CONT {os.getpid()}",
+            file=sys.stderr,
+        )
 
 
 class _Signals:

@@ -96,7 +96,7 @@ class Board:
             vcpu.start()
 
     def pause(self) -> None:
-        """Returns when no vCPU runs guest code; idempotent."""
+        """Returns when no vCPU runs guest code; idempotent. Also before `start`."""
         for vcpu in self.vcpus:
             vcpu.pause()
 

@@ -56,11 +56,11 @@ class VcpuThread:
         self._thread.start()
 
     def pause(self) -> None:
-        """Returns when the vCPU executes no more guest code; idempotent."""
+        """Returns when the vCPU executes no more guest code; idempotent. Also before `start`."""
         with self._state:
             self._paused = True
             lib.vcpu_kick(self._native)
-            self._state.wait_for(lambda: self._parked)
+            self._state.wait_for(lambda: self._parked or self._thread.ident is None)
 
     def resume(self) -> None:
         """Lets a paused vCPU go on; idempotent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import threading
@@ -11,6 +12,7 @@ from contextlib import ExitStack
 
 from pyvmm._core import ffi, lib
 from pyvmm.errors import ExitStatus, GuestPanic, GuestTimeout, UsageError
+from pyvmm.machine.events import Listeners
 
 TYPE_CHECKING = False  # importing typing takes milliseconds
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from pyvmm.kvm.handles import Kvm
     from pyvmm.machine.board import Board
     from pyvmm.machine.chassis import ChassisBuilder
+    from pyvmm.machine.events import Listener
     from pyvmm.machine.scsi import PluggedDisk, ScsiController
     from pyvmm.schema import Kind
     from pyvmm.virtio.blk import VirtioBlk
@@ -41,14 +44,17 @@ class Outcome:
     """How a virtual machine ended.
 
     `status` is the exit status of the contract in ``errors.py``; `error` is None after a power-off
-    or a stop that was asked for.
+    or a stop that was asked for. `reason` is QMP's word for what led to it (its ShutdownCause).
     """
 
-    __slots__ = ("error", "status")
+    __slots__ = ("error", "reason", "status")
 
-    def __init__(self, status: int, error: BaseException | None = None) -> None:
+    def __init__(
+        self, status: int, error: BaseException | None = None, reason: str = "host-error"
+    ) -> None:
         self.status = status
         self.error = error
+        self.reason = reason
 
     def __repr__(self) -> str:
         return f"Outcome(status={self.status}, error={self.error!r})"
@@ -78,10 +84,7 @@ class VM:
         self.config = config
         self.outcome: Outcome | None = None
         self.remarks: list[str] = []  # what the user should know once it is started
-        # The error of a disk with on_error=stop that keeps the guest paused, and who is told of it,
-        # on a thread of the machine.
-        self.stopped_by: str | None = None
-        self.on_stopped: Callable[[str], None] | None = None
+        self.stopped_by: str | None = None  # the error of a disk that keeps the guest paused
         self._resources = ExitStack()
         self._devices: list[VirtioDevice] = []
         self._scsi: ScsiController | None = None
@@ -94,7 +97,9 @@ class VM:
         self._lock = threading.RLock()  # guards _board and _paused
         self._supervisor: threading.Thread | None = None
         self._ended = threading.Event()
-        self._inbox: deque[_Event] = deque()
+        self._panic_deadline: float | None = None  # of the supervisor alone
+        self._inbox: deque[_Message] = deque()
+        self._listeners = Listeners()
 
     def __enter__(self) -> Self:
         return self
@@ -136,24 +141,56 @@ class VM:
         assert self.outcome is not None
         return self.outcome
 
-    def stop(self, status: int = ExitStatus.OK) -> None:
+    def stop(self, status: int = ExitStatus.OK, reason: str = "host-signal") -> None:
         """Ends the guest at once, as pulling the plug would; idempotent."""
         if self._supervisor is not None and not self._ended.is_set():
-            self._end(Outcome(status))
+            self._end(Outcome(status, reason=reason))
             self._ended.wait()
+
+    def reset(self) -> None:
+        """Starts the guest anew, as a reset button would, or ends it with reboot=False."""
+        if self._supervisor is not None and not self._ended.is_set():
+            self._tell(lambda: self._reset("host-qmp-system-reset"), None)
+
+    def on_event(self, listener: Listener) -> None:
+        """Has `listener` called with each `Event` from now on: SHUTDOWN, RESET, STOP, RESUME,
+        GUEST_PANICKED, BLOCK_IO_ERROR.
+
+        It is called on the thread on which that happens and should return soon; it may call
+        methods of this VM but those that wait for its end (`stop`, `wait`, `close`).
+        """
+        self._listeners.add(listener)
+
+    @property
+    def state(self) -> str:
+        """QMP's word for what it does (its RunState): prelaunch, running, paused, io-error,
+        guest-panicked or shutdown."""
+        if self._supervisor is None:
+            return "prelaunch"
+        if self._ended.is_set():
+            return "shutdown"
+        if self._panic_deadline is not None:
+            return "guest-panicked"
+        if self._paused:
+            return "paused" if self.stopped_by is None else "io-error"
+        return "running"
 
     def pause(self) -> None:
         """Returns when the guest executes no more code; idempotent."""
         with self._lock:
-            self._paused = True
+            was_paused, self._paused = self._paused, True
             if self._board is not None:
                 self._board.pause()
+            if not was_paused:
+                self._listeners.tell("STOP")
 
     def resume(self) -> None:
         """Lets a paused guest go on, and tries again what failed on a disk; idempotent."""
         with self._lock:
-            self._paused = False
+            was_paused, self._paused = self._paused, False
             self.stopped_by = None
+            if was_paused:  # before what the guest does now
+                self._listeners.tell("RESUME")
             for blk in self._disks.values():
                 blk.resume()
             if self._board is not None:
@@ -319,7 +356,7 @@ class VM:
 
         def on_error(error: int) -> None:
             what = f"disk {name} ({config.location}): {os.strerror(error)}"
-            self._tell(_DiskFailed(what), self._boot)
+            self._tell(lambda: self._stop_on_error(name, error, what), self._boot)
 
         blk = VirtioBlk(
             image,
@@ -368,9 +405,9 @@ class VM:
         )
         with self._lock:
             self._board = board
-            board.start()
             if self._paused:
                 board.pause()
+            board.start()
 
     def _power_off(self) -> None:
         with self._lock:
@@ -393,6 +430,8 @@ class VM:
             outcome = Outcome(getattr(error, "exit_status", ExitStatus.INTERNAL), error)
         self._power_off()
         self.outcome = outcome
+        guest = outcome.reason.startswith("guest-")
+        self._listeners.tell("SHUTDOWN", guest=guest, reason=outcome.reason)
         for chardev in self._chardevs:
             chardev.hang_up()
         self._ended.set()
@@ -401,42 +440,55 @@ class VM:
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         poll.register(self._panic_fd, select.POLLIN)
-        panic_deadline: float | None = None
         while True:
             wait = None
-            if panic_deadline is not None:
-                wait = max(0.0, panic_deadline - time.monotonic()) * 1000
+            if self._panic_deadline is not None:
+                wait = max(0.0, self._panic_deadline - time.monotonic()) * 1000
             ready = {fd for fd, _ in poll.poll(wait)}
             if self._panic_fd in ready:
                 os.eventfd_read(self._panic_fd)
-                panic_deadline = panic_deadline or time.monotonic() + PANIC_GRACE
+                self._panic()
             if self._wake in ready:
                 os.eventfd_read(self._wake)
             while self._inbox:
-                event = self._inbox.popleft()
-                if event.boot not in (None, self._boot):
+                message = self._inbox.popleft()
+                if message.boot not in (None, self._boot):
                     continue  # from before a reboot
-                if isinstance(event.outcome, _DiskFailed):
-                    self._stop_on_error(event.outcome.what)
-                elif event.outcome is _PANICKED:
-                    panic_deadline = panic_deadline or time.monotonic() + PANIC_GRACE
-                elif event.outcome is not _RESET:
-                    return event.outcome
-                elif panic_deadline is not None:
-                    return self._panic_outcome()
-                elif not self.config.reboot:
-                    return Outcome(ExitStatus.OK)
-                else:
-                    self._reboot()
-            if panic_deadline is not None and time.monotonic() >= panic_deadline:
+                outcome = message.reaction()
+                if outcome is not None:
+                    return outcome
+            if self._panic_deadline is not None and time.monotonic() >= self._panic_deadline:
                 return self._panic_outcome()
 
-    def _stop_on_error(self, what: str) -> None:
-        self.pause()
-        first = self.stopped_by is None
-        self.stopped_by = what
-        if first and self.on_stopped is not None:
-            self.on_stopped(what)
+    # What it does about what happened: the outcome, if that is the end
+
+    def _reset(self, reason: str) -> Outcome | None:
+        if self._panic_deadline is not None:
+            return self._panic_outcome()
+        if not self.config.reboot:
+            return Outcome(ExitStatus.OK, reason=reason)
+        self._reboot()
+        self._listeners.tell("RESET", guest=reason.startswith("guest-"), reason=reason)
+        return None
+
+    def _panic(self) -> None:
+        if self._panic_deadline is None:
+            self._panic_deadline = time.monotonic() + PANIC_GRACE
+            self._listeners.tell("GUEST_PANICKED", action="poweroff")
+
+    def _stop_on_error(self, name: str, error: int, what: str) -> None:
+        with self._lock:  # who resumes on the event does so after the pause
+            first = self.stopped_by is None
+            self.stopped_by = what
+            if first:
+                self._listeners.tell(
+                    "BLOCK_IO_ERROR",
+                    device=name,
+                    action="stop",
+                    nospace=error == errno.ENOSPC,
+                    reason=os.strerror(error),
+                )
+            self.pause()
 
     def _panic_outcome(self) -> Outcome:
         lines = self._last_lines()
@@ -447,15 +499,18 @@ class VM:
             # What led to it stands before, its call trace after.
             lines = lines[max(0, at - PANIC_CONTEXT) :][:REPORT_LINES]
             words = lines[min(at, PANIC_CONTEXT)].partition(PANIC)[2].lstrip(": ")
-        return self._failure(GuestPanic(f"the guest kernel panicked: {words}"), lines)
+        error = GuestPanic(f"the guest kernel panicked: {words}")
+        return self._failure(error, lines, "guest-panic")
 
-    def _failure(self, error: PyvmmError, lines: list[str] | None = None) -> Outcome:
+    def _failure(
+        self, error: PyvmmError, lines: list[str] | None = None, reason: str = "host-error"
+    ) -> Outcome:
         """The end of the machine by `error`, with `lines` of the console (by default the last)."""
         lines = (self._last_lines() if lines is None else lines)[-REPORT_LINES:]
         error.add_note("its console said:" if lines else "its console said nothing")
         for line in lines:
             error.add_note(f"  | {line}")
-        return Outcome(error.exit_status, error)
+        return Outcome(error.exit_status, error, reason)
 
     def _last_lines(self) -> list[str]:
         """What the console shows of them: a guest does not get to control a terminal here."""
@@ -465,40 +520,30 @@ class VM:
 
     # What others report; any thread
 
-    def _tell(self, outcome: Outcome, boot: int | None) -> None:
-        self._inbox.append(_Event(outcome, boot))
+    def _tell(self, reaction: Callable[[], Outcome | None], boot: int | None) -> None:
+        """Has the supervisor do `reaction`, which returns how the machine ends by it, if it does.
+
+        `boot` is the number of the one in which it happened; nothing is done in a later one. None
+        stands for what happened outside of the guest.
+        """
+        self._inbox.append(_Message(reaction, boot))
         os.eventfd_write(self._wake, 1)
 
-    def _end(self, outcome: Outcome) -> None:
-        self._tell(outcome, None)
+    def _end(self, outcome: Outcome, boot: int | None = None) -> None:
+        self._tell(lambda: outcome, boot)
 
     def _on_quit(self) -> None:
         """The user pressed the escape key."""
-        self._end(Outcome(ExitStatus.OK))
+        self._end(Outcome(ExitStatus.OK, reason="host-ui"))
 
 
-# Outcomes of a boot that are not yet the end of the machine.
-_RESET = Outcome(ExitStatus.OK)
-_PANICKED = Outcome(ExitStatus.GUEST_PANIC)
+class _Message:
+    """What the supervisor is to do about what happened in a boot: see `VM._tell`."""
 
+    __slots__ = ("boot", "reaction")
 
-class _DiskFailed(Outcome):
-    """Not an end at all: an error on the host that the guest is to wait out."""
-
-    __slots__ = ("what",)
-
-    def __init__(self, what: str) -> None:
-        super().__init__(ExitStatus.OK)
-        self.what = what
-
-
-class _Event:
-    """Something happened in the boot with that number, or (None) outside the guest."""
-
-    __slots__ = ("boot", "outcome")
-
-    def __init__(self, outcome: Outcome, boot: int | None) -> None:
-        self.outcome = outcome
+    def __init__(self, reaction: Callable[[], Outcome | None], boot: int | None) -> None:
+        self.reaction = reaction
         self.boot = boot
 
 
@@ -510,19 +555,19 @@ class _Listener:
         self._boot = boot
 
     def on_poweroff(self) -> None:
-        self._vm._tell(Outcome(ExitStatus.OK), self._boot)
+        self._vm._end(Outcome(ExitStatus.OK, reason="guest-shutdown"), self._boot)
 
     def on_reset(self) -> None:
-        self._vm._tell(_RESET, self._boot)
+        self._vm._tell(lambda: self._vm._reset("guest-reset"), self._boot)
 
     def on_panic(self) -> None:
-        self._vm._tell(_PANICKED, self._boot)
+        self._vm._tell(self._vm._panic, self._boot)
 
     def on_crash(self, crash: GuestCrash) -> None:
-        self._vm._tell(self._vm._failure(crash), self._boot)
+        self._vm._end(self._vm._failure(crash), self._boot)
 
     def on_error(self, error: BaseException) -> None:
-        self._vm._tell(Outcome(ExitStatus.INTERNAL, error), self._boot)
+        self._vm._end(Outcome(ExitStatus.INTERNAL, error), self._boot)
 
 
 def _eventfd(stack: ExitStack) -> int:

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from support.linux_guest import LinuxGuest
 
+from pyvmm.machine.events import Event
+
 Boot = Callable[..., LinuxGuest]
 MakeDisk = Callable[..., Path]
 
@@ -171,8 +173,8 @@ def test_a_full_file_system(boot: Boot, disk: MakeDisk, scratch: Path) -> None:
             path.touch()
             os.truncate(path, 16 * MIB)
         guest = boot(disks=[report, {"path": stop, "on_error": "stop"}])
-        told: list[str] = []
-        guest.vm.on_stopped = told.append
+        told: list[Event] = []
+        guest.vm.on_event(told.append)
         guest.check(write("/dev/vda", "before"))
         full = "dd if=/dev/zero of={} bs=64k count=192 seek=1 conv=notrunc,fsync 2>&1"
         result = guest.run(full.format("/dev/vda"))
@@ -183,10 +185,12 @@ def test_a_full_file_system(boot: Boot, disk: MakeDisk, scratch: Path) -> None:
 
         mark = guest.start(write("/dev/vdb", "waited", seek=4096))
         deadline = time.monotonic() + 60
-        while not told and time.monotonic() < deadline:
+        while len(told) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert told == [f"disk vdb ({stop}): No space left on device"]
-        assert guest.vm.stopped_by == told[0]
+        assert [event.name for event in told] == ["BLOCK_IO_ERROR", "STOP"]
+        assert (told[0].data["device"], told[0].data["nospace"]) == ("vdb", True)
+        assert guest.vm.stopped_by == f"disk vdb ({stop}): No space left on device"
+        assert guest.vm.state == "io-error"
         os.truncate(report, 0)
         guest.vm.resume()
         assert guest.vm.stopped_by is None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.mmio_driver import wait_until
 
 from pyvmm.config import ChardevConfig, VmConfig
 from pyvmm.errors import ExitStatus, GuestCrash, GuestPanic, GuestTimeout
@@ -143,6 +144,89 @@ def test_pause_and_resume_in_a_storm_always_return(boot: Boot) -> None:
         vm.pause()
         vm.resume()
     vm.stop()
+
+
+def listen(vm: VM) -> Callable[[], list[tuple[str, dict[str, object]]]]:
+    """Tells of the events since it was last called."""
+    told: list[tuple[str, dict[str, object]]] = []
+    vm.on_event(lambda event: told.append((event.name, event.data)))
+
+    def take() -> list[tuple[str, dict[str, object]]]:
+        taken = told[:]
+        del told[: len(taken)]
+        return taken
+
+    return take
+
+
+def test_pausing_is_told_of_once(boot: Boot) -> None:
+    vm, _ = boot()
+    events = listen(vm)
+    for _ in range(2):
+        vm.pause()
+    assert (vm.state, events()) == ("paused", [("STOP", {})])
+    for _ in range(2):
+        vm.resume()
+    assert (vm.state, events()) == ("running", [("RESUME", {})])
+
+
+def test_resets_of_the_guest_and_of_its_user_are_told_of(boot: Boot) -> None:
+    vm, console = boot()
+    events = listen(vm)
+    console.send(b"r")
+    console.expect(PROMPT, timeout=10)
+    vm.reset()
+    console.expect(PROMPT, timeout=10)
+    console.send(b"p")
+    assert vm.wait(timeout=10).reason == "guest-shutdown"
+    assert events() == [
+        ("RESET", {"guest": True, "reason": "guest-reset"}),
+        ("RESET", {"guest": False, "reason": "host-qmp-system-reset"}),
+        ("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"}),
+    ]
+    assert vm.state == "shutdown"
+    vm.reset()  # of what is over: nothing
+
+
+def test_a_paused_guest_stays_so_through_a_reset(boot: Boot) -> None:
+    vm, console = boot()
+    vm.pause()
+    events = listen(vm)
+    vm.reset()
+    wait_until(events)
+    console.send(b"A")
+    assert console.read(timeout=0.2) == b""
+    assert vm.state == "paused"
+    vm.resume()
+    console.expect(PROMPT + b"A", timeout=10)
+
+
+def test_no_reboot_makes_a_reset_the_end(boot: Boot) -> None:
+    vm, _ = boot(reboot=False)
+    events = listen(vm)
+    vm.reset()
+    assert vm.wait(timeout=10).status == ExitStatus.OK
+    assert events() == [("SHUTDOWN", {"guest": False, "reason": "host-qmp-system-reset"})]
+
+
+def test_a_panic_is_told_of_before_its_end(boot: Boot) -> None:
+    vm, console = boot()
+    events = listen(vm)
+    console.send(b"c")
+    assert vm.wait(timeout=10).status == ExitStatus.GUEST_PANIC
+    assert events() == [
+        ("GUEST_PANICKED", {"action": "poweroff"}),
+        ("SHUTDOWN", {"guest": True, "reason": "guest-panic"}),
+    ]
+
+
+def test_a_listener_that_fails_harms_nobody(boot: Boot, caplog: pytest.LogCaptureFixture) -> None:
+    vm, _ = boot()
+    vm.on_event(lambda event: 1 / 0)  # type: ignore[arg-type,return-value]
+    events = listen(vm)
+    vm.stop()
+    assert events() == [("SHUTDOWN", {"guest": False, "reason": "host-signal"})]
+    assert "who listens to events failed" in caplog.text
 
 
 def test_nothing_answers_where_nothing_is(boot: Boot) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from pyvmm.cli.parser import parse
 from pyvmm.config import DiskConfig, NetConfig, VmConfig
 from pyvmm.errors import EXIT_STATUSES, GuestPanic, UsageError
 from pyvmm.images import ImagePaths
+from pyvmm.machine.events import Event
 from pyvmm.machine.vm import Outcome
 from pyvmm.schema import MIB
 
@@ -293,6 +295,9 @@ class FakeVm:
     def __exit__(self, *exception: object) -> None:
         self.calls.append("close")
 
+    def on_event(self, listener: Callable[[Event], None]) -> None:
+        self.listener = listener
+
     def start(self) -> None:
         self.calls.append("start")
 
@@ -384,7 +389,9 @@ class TestRun:
         vm = machine(None)
 
         def fail_and_go_on() -> None:
-            vm.on_stopped("disk vda (a.img): No space left on device")
+            vm.stopped_by = "disk vda (a.img): No space left on device"
+            vm.listener(Event("STOP", {}))
+            vm.listener(Event("BLOCK_IO_ERROR", {"device": "vda"}))
             os.kill(os.getpid(), signal.SIGCONT)
             while "resume" not in vm.calls:
                 time.sleep(0.01)
