@@ -183,8 +183,10 @@ class _SocketRelay(Relay):
     """A listening socket, or the one client that it accepted."""
 
     def __init__(self, path: str) -> None:
+        from pyvmm.backends.unix_socket import listen
+
         self._path = path
-        self._listener = _listen(path)
+        self._listener = listen(path)
         super().__init__("chardev-unix")
         self.description = f"socket {path}"
         self._client: socket.socket | None = None
@@ -221,41 +223,6 @@ class _SocketRelay(Relay):
         self._listener.close()
         if os.path.exists(self._path):
             os.unlink(self._path)
-
-
-def _listen(path: str) -> socket.socket:
-    import socket
-
-    listener = socket.socket(socket.AF_UNIX)
-    listener.setblocking(False)
-    os.fchmod(listener.fileno(), 0o600)  # bind gives the socket's mode to the file
-    try:
-        try:
-            listener.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not _is_stale(path):
-                raise
-            os.unlink(path)
-            listener.bind(path)
-        listener.listen(1)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            reason = "it exists and is in use; choose another path"
-        else:
-            reason = error.strerror or str(error)  # "AF_UNIX path too long" has no errno
-        raise UsageError(f"cannot listen on {path}: {reason}") from error
-    return listener
-
-
-def _is_stale(path: str) -> bool:
-    """Whether `path` is a socket that a process left behind."""
-    import socket
-
-    if not stat.S_ISSOCK(os.stat(path).st_mode):
-        return False
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(path) == errno.ECONNREFUSED
 
 
 class _Stdio(Chardev):

@@ -301,7 +301,7 @@ def test_a_path_in_use_is_left_alone(path: Path, taken_by: str) -> None:
 def test_paths_that_cannot_be_a_socket(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot listen on .*: No such file or directory"):
         open_chardev("unix", str(tmp_path / "no/such/socket"))
-    with pytest.raises(UsageError, match=r"cannot listen on .*: AF_UNIX path too long"):
+    with pytest.raises(UsageError, match="at most 107 bytes; choose a shorter one"):
         open_chardev("unix", str(tmp_path / ("x" * 200)))
 
 
