@@ -17,7 +17,7 @@ In the machine PYVMM_NESTED=1 is set, and 'modprobe NAME [PARAMETER=VALUE]...' l
 
 examples:
   pyvmm nested -- ls -l /dev/kvm
-  pyvmm nested --cpus 2 -- pytest tests/linux
+  pyvmm nested --memory 6G -- pytest tests/linux
   pyvmm nested -- bash
 """
 

@@ -13,7 +13,9 @@ class NestedConfig(Record):
     """What ``pyvmm nested`` and `pyvmm.nested.run_nested` can be told."""
 
     cpus: int = setting(
-        Integer(1, _MOST_CPUS), default=0, help="CPUs (default: the host's, at most 4)"
+        Integer(1, _MOST_CPUS),
+        default=1,
+        help="CPUs (default: 1; with more, QEMU before 8.1 may lose guests)",
     )
     memory: int = setting(
         Size(512 * MIB, TIB, MIB),
@@ -25,6 +27,5 @@ class NestedConfig(Record):
     )
 
     def complete(self, source: Source) -> None:
-        self.__dict__["cpus"] = self.cpus or min(len(os.sched_getaffinity(0)), 4)
         host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self.__dict__["memory"] = self.memory or min(4 * GIB, host * 6 // 10 // MIB * MIB)

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,10 @@ _KERNEL_PARAMETERS = (
     # What costs time under TCG and guards nothing here.
     " mitigations=off nokaslr lsm=capability apparmor=0 random.trust_cpu=on"
 )
+
+# With oops=panic, what goes on after one of these for long has hung in it.
+_KERNEL_END = re.compile(rb"\] (Oops|.*Oops: |Kernel panic)")
+_END_SECONDS = 20.0
 
 _KERNEL_FAILURE = re.compile(r"\] (BUG:|Oops|WARNING:|Kernel panic|.*Oops: )")
 
@@ -108,6 +113,7 @@ class Machine:
         self.ports: dict[int, socket.socket] = {}
         self._qemu: subprocess.Popen[bytes] | None = None
         self._virtiofsd: subprocess.Popen[bytes] | None = None
+        self._kernel_ended: float | None = None
 
     def __enter__(self) -> Machine:
         self._directory = Path(tempfile.mkdtemp(prefix="pyvmm-nested-"))
@@ -190,9 +196,16 @@ class Machine:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def is_whole(self) -> bool:
-        """Whether both processes are alive."""
+        """Whether both processes are alive, and the kernel is not stuck in its own end."""
         processes = (self._qemu, self._virtiofsd)
-        return all(each is not None and each.poll() is None for each in processes)
+        if not all(each is not None and each.poll() is None for each in processes):
+            return False
+        if self._kernel_ended is None and _KERNEL_END.search(self._read_console()):
+            self._kernel_ended = time.monotonic()
+        return self._kernel_ended is None or time.monotonic() - self._kernel_ended < _END_SECONDS
+
+    def _read_console(self) -> bytes:
+        return self._console.read_bytes() if self._console.exists() else b""
 
     def diagnosis(self) -> str:
         """What the console, QEMU and virtiofsd wrote last; of a kernel's end, how it began."""

@@ -195,6 +195,8 @@ class Session:
                 if kind == _EXIT:
                     exit_status = _exit_status(value)
                     totals = dict(zip((STDOUT, STDERR, TERMINAL), counts, strict=True))
+                elif not self._machine.is_whole():
+                    raise self._failed("broke down")
             elif not ready and not self._machine.is_whole():
                 raise self._failed("broke down")
             elif now - heard > _SILENCE_SECONDS:

@@ -21,6 +21,7 @@ import pyvmm.nested.session
 from pyvmm._core import lib
 from pyvmm.errors import NoKvmError, UsageError
 from pyvmm.nested import NestedConfig, machine, run_nested, session
+from pyvmm.nested.bundle import Bundle
 from pyvmm.nested.machine import CONTROL, PORTS, STDERR, STDIN, STDOUT
 from pyvmm.nested.session import MachineFailed
 
@@ -37,7 +38,7 @@ session._START_SECONDS = session._SILENCE_SECONDS = float(sys.argv[1])
 session._POLL_SECONDS = 0.1
 class Machine:
     ports = dict(zip(machine.PORTS, (socket.socket(fileno=int(n)) for n in sys.argv[2:7])))
-    def is_whole(self): return True
+    def is_whole(self): return sys.argv[8] == "whole"
     def diagnosis(self): return "  console.log: last words"
 import time
 deadline = time.monotonic() + float(sys.argv[7]) if sys.argv[7] else None
@@ -83,11 +84,13 @@ class Host:
 
 
 @contextlib.contextmanager
-def host(*, patience: float = 20, deadline: str = "", cwd: Path | None = None) -> Iterator[Host]:
+def host(
+    *, patience: float = 20, deadline: str = "", cwd: Path | None = None, state: str = "whole"
+) -> Iterator[Host]:
     pairs = [socket.socketpair() for _ in PORTS]
     numbers = [theirs.fileno() for _, theirs in pairs]
     with subprocess.Popen(
-        [sys.executable, "-c", SESSION, str(patience), *map(str, numbers), deadline],
+        [sys.executable, "-c", SESSION, str(patience), *map(str, numbers), deadline, state],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -233,6 +236,40 @@ def test_a_machine_that_is_alive_may_be_silent() -> None:
         assert it.ends()[0] == 0
 
 
+def test_a_machine_whose_kernel_is_at_its_end_is_not_waited_for() -> None:
+    with host(state="broken") as it:
+        it.start()
+        it.send(ALIVE)
+        status, _, message = it.ends()
+        assert (status, message.splitlines()[0]) == (
+            1,
+            b"MachineFailed: the emulated machine broke down:",
+        )
+
+
+def test_a_kernel_that_is_stuck_in_its_own_end_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_END_SECONDS", 0.1)
+    emulated = machine.Machine(Bundle(tmp_path, tmp_path), cpus=1, memory=1 << 30)
+    emulated._console = tmp_path / "console.log"
+    emulated._qemu = emulated._virtiofsd = process = subprocess.Popen(["sleep", "60"])
+    try:
+        emulated._console.write_text(
+            "[    9.1] watchdog: BUG: soft lockup - CPU#0 stuck for 22s!\n"
+        )
+        assert emulated.is_whole()
+        with emulated._console.open("a") as console:
+            console.write("[   96.4] Oops: stack guard page: 0000 [#1] PREEMPT SMP NOPTI\n")
+        assert emulated.is_whole()  # it has some seconds to say why
+        time.sleep(0.15)
+        assert not emulated.is_whole()
+    finally:
+        process.kill()
+        process.wait()
+    assert not machine.Machine(Bundle(tmp_path, tmp_path), cpus=1, memory=1 << 30).is_whole()
+
+
 def test_the_timeout_covers_start_and_command() -> None:
     with host(deadline="0.3") as it:
         status, _, message = it.ends()
@@ -341,7 +378,7 @@ def test_the_environment_leaves_out_what_names_the_hosts_sessions(
 
 def test_settings() -> None:
     config = NestedConfig()
-    assert 1 <= config.cpus <= 4
+    assert config.cpus == 1
     assert config.memory <= 4 << 30
     assert NestedConfig(memory="2G", cpus=3).memory == 2 << 30
     with pytest.raises(UsageError, match="memory=100M is too small: the least is 512M"):
