@@ -7,9 +7,7 @@ an iSCSI target, which is Debian's tgt.
 from __future__ import annotations
 
 import base64
-import ctypes
 import hashlib
-import os
 import random
 import shutil
 import subprocess
@@ -19,16 +17,14 @@ from pathlib import Path
 
 import pytest
 from support.linux_guest import LinuxGuest, boot_tiny, image, scratch_directory
-from support.tgt import Tgt, wait_until
+from support.scsi_debug import ScsiDebug
+from support.scsi_debug import scsi_debug as load_scsi_debug
+from support.tgt import Tgt
 
-from pyvmm._core import ffi, lib
 from pyvmm.backends.scsi import host, iscsi
 from pyvmm.backends.scsi.cdrom import MediumLocked
 from pyvmm.backends.scsi.host import open_host_device
 from pyvmm.errors import UsageError
-
-SYS_DELETE_MODULE = 176
-DRIVER = Path("/sys/bus/pseudo/drivers/scsi_debug")
 
 # LUNs of the guest.
 CD, EMPTY, DISK, GENERIC, FORMATTED, REMOTE = range(6)
@@ -40,46 +36,11 @@ MEDIUM_ERROR, LOST, RECOVERED_ERROR = 2, 4, 8
 TGT_SIZE = 16 << 20
 
 
-class ScsiDebug:
-    """The logical units of a loaded scsi_debug: 64 MiB in all, blocks of 512 bytes."""
-
-    def __init__(self) -> None:
-        devices = sorted(Path("/sys/bus/scsi/devices").glob("*:*:*:*"))
-        self.devices = [each for each in devices if "scsi_debug" in (each / "model").read_text()]
-
-    def node(self, index: int, kind: str = "block") -> str:
-        """The path of the disk, or with `kind` "scsi_generic" of its /dev/sgN."""
-        (name,) = (path.name for path in (self.devices[index] / kind).iterdir())
-        return f"/dev/{name}"
-
-    @staticmethod
-    def set(name: str, value: object) -> None:
-        (DRIVER / name).write_text(f"{value}\n")
-
-    def query(self, index: int, cdb: bytes, size: int) -> bytes:
-        """What the device answers to the host itself."""
-        fd = os.open(self.node(index, "scsi_generic"), os.O_RDWR)
-        try:
-            buffer = ffi.new("uint8_t[]", size)
-            for _ in range(3):  # there may be unit attention conditions
-                count = lib.scsi_host_query(fd, cdb, len(cdb), buffer, size)
-                if count >= 0:
-                    return bytes(ffi.buffer(buffer, count))
-            return b""
-        finally:
-            os.close(fd)
-
-
 @pytest.fixture(scope="module")
 def scsi_debug() -> Iterator[ScsiDebug]:
-    words = ["dev_size_mb=64", "max_luns=3", "num_parts=1", "lbpu=1"]
-    made = subprocess.run(["modprobe", "scsi_debug", *words], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no scsi_debug: {made.stderr.strip()}")
-    wait_until(lambda: len(list(Path("/sys/class/scsi_generic").iterdir())) >= 3)
-    wait_until(lambda: all(list(each.glob("block/*/*1")) for each in ScsiDebug().devices))
-    yield ScsiDebug()
-    ctypes.CDLL(None).syscall(SYS_DELETE_MODULE, b"scsi_debug", os.O_NONBLOCK)
+    """Three logical units, 64 MiB in all, blocks of 512 bytes."""
+    with load_scsi_debug(units=3, dev_size_mb=64, num_parts=1, lbpu=1) as loaded:
+        yield loaded
 
 
 @pytest.fixture(scope="module")

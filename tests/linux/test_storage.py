@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.linux_guest import LinuxGuest
+from support.scsi_debug import scsi_debug
 
 from pyvmm.machine.events import Event
 
@@ -21,7 +21,6 @@ Boot = Callable[..., LinuxGuest]
 MakeDisk = Callable[..., Path]
 
 MIB = 1 << 20
-SYS_DELETE_MODULE = 176
 
 needs_qemu = pytest.mark.skipif(
     shutil.which("qemu-nbd") is None, reason="qemu-nbd is not installed: apt install qemu-utils"
@@ -200,30 +199,18 @@ def test_a_full_file_system(boot: Boot, disk: MakeDisk, scratch: Path) -> None:
         assert guest.poweroff().status == 0
 
 
-def test_a_medium_error_of_the_host(boot: Boot, disk: MakeDisk) -> None:
+def test_a_medium_error_of_the_host(boot: Boot) -> None:
     """The host's disk cannot read its sectors 0x1234 to 0x123d; all else stays readable."""
-    command = ["modprobe", "scsi_debug", "dev_size_mb=8", "opts=2"]
-    try:
-        made = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("modprobe is not installed: apt install kmod")
-    if made.returncode:
-        pytest.skip(f"no scsi_debug: {made.stderr.strip()}")
-    try:
-        deadline = time.monotonic() + 60
-        while not (
-            devices := [*Path("/sys/bus/pseudo/drivers/scsi_debug").glob("*/*/*/*/block/*")]
-        ):
-            assert time.monotonic() < deadline, "the device of scsi_debug does not appear"
-            time.sleep(0.1)
-        host = f"/dev/{devices[0].name}"
+    with scsi_debug(dev_size_mb=8, opts=2) as loaded:
         guest = boot(
-            disks=[{"path": host, "readonly": True, "direct": direct} for direct in (False, True)]
+            disks=[
+                {"path": loaded.node(0), "readonly": True, "direct": direct}
+                for direct in (False, True)
+            ]
         )
         for name in ("vda", "vdb"):
             read = f"dd if=/dev/{name} of=/dev/null bs=512 count=1 skip={{}} 2>&1"
             assert guest.run(read.format(0x1234)).status != 0
             guest.check(read.format(0x1000))
         assert guest.poweroff().status == 0
-    finally:
-        ctypes.CDLL(None).syscall(SYS_DELETE_MODULE, b"scsi_debug", os.O_NONBLOCK)
+        guest.vm.close()
