@@ -22,7 +22,7 @@ from support.monitor import Monitor
 from pyvmm.kvm.probe import probe
 
 # One test: some guests, on a loaded machine, one of them possibly twice.
-TIME_LIMIT = 1500
+TIME_LIMIT = 600
 
 _lost = pytest.StashKey[str]()
 _restarted: list[str] = []

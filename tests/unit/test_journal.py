@@ -1,4 +1,6 @@
-"""A test run that goes on after the machine it ran in broke down (tests/conftest.py)."""
+"""Test runs that go on after the machine they ran in broke down, and that share their tests
+(tests/conftest.py, tests/support/machines.py).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from support import machines
+
+TESTS_DIRECTORY = Path(__file__).parent.parent
 
 TESTS = """
 import os
@@ -31,7 +38,7 @@ def run(directory: Path, *, breaks: int | None = None) -> subprocess.CompletedPr
     if breaks is not None:
         (directory / "test_it.py").write_text(TESTS)
         (directory / "conftest.py").write_bytes(
-            Path(__file__).parent.parent.joinpath("conftest.py").read_bytes()
+            TESTS_DIRECTORY.joinpath("conftest.py").read_bytes()
         )
         (directory / "breaks").write_text(str(breaks))
     return subprocess.run(
@@ -73,3 +80,43 @@ def test_what_failed_before_the_break_still_fails(tmp_path: Path) -> None:
 def test_all_had_passed(tmp_path: Path) -> None:
     assert run(tmp_path, breaks=0).returncode == 0
     assert run(tmp_path).returncode == 0
+
+
+SHARED = """
+import os
+from pathlib import Path
+
+def test_{name}():
+    path = Path("{name}.breaks")
+    if path.exists():
+        path.unlink()
+        {end}
+    with Path("runs").open("a") as file:
+        file.write("{name} ")
+"""
+
+
+def run_shards(directory: Path, *, end: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    for name in ("one", "two", "three"):
+        (directory / f"test_{name}.py").write_text(SHARED.format(name=name, end=end))
+    (directory / "conftest.py").write_bytes((TESTS_DIRECTORY / "conftest.py").read_bytes())
+    (directory / "two.breaks").touch()
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "")
+    options = ["-p", "no:cacheprovider", "."]
+    return [
+        machines.run(shard, hang_seconds=15)
+        for shard in machines.shards(directory, 2, ["env"], options)
+    ]
+
+
+@pytest.mark.parametrize("end", ["os._exit(71)", "__import__('time').sleep(60)"])
+def test_machines_share_the_tests_and_survive_breaks_and_hangs(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_shards(tmp_path, end=end, monkeypatch=monkeypatch) == [0, 0]
+    assert sorted((tmp_path / "runs").read_text().split()) == ["one", "three", "two"]
+    told = capsys.readouterr().out
+    assert "[1] emulated machine number 1 broke down" in told
+    assert "[1] passed test_two.py::test_two" in told
+    assert "2 passed" not in (tmp_path / "2.log").read_text()
