@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -52,6 +53,10 @@ _KERNEL_PARAMETERS = (
 # With oops=panic, what goes on after one of these for long has hung in it.
 _KERNEL_END = re.compile(rb"\] (Oops|.*Oops: |Kernel panic)")
 _END_SECONDS = 20.0
+
+_MONITOR_SECONDS = 5.0
+# What a CPU's state has lines of beside those that tell where it is.
+_VECTORS = ("XMM", "FPR", "FCW", "YMM", "DR")
 
 _KERNEL_FAILURE = re.compile(r"\] (BUG:|Oops|WARNING:|Kernel panic|.*Oops: )")
 
@@ -113,6 +118,7 @@ class Machine:
         self.ports: dict[int, socket.socket] = {}
         self._qemu: subprocess.Popen[bytes] | None = None
         self._virtiofsd: subprocess.Popen[bytes] | None = None
+        self._monitor: socket.socket | None = None
         self._kernel_ended: float | None = None
 
     def __enter__(self) -> Machine:
@@ -142,13 +148,15 @@ class Machine:
             for port in PORTS:
                 self.ports[port], end = socket.socketpair()
                 theirs[port] = handed_over.enter_context(end)
+            self._monitor, end = socket.socketpair()
+            handed_over.enter_context(end)
             self._virtiofsd = self._spawn(
                 virtiofsd_command(daemon, listener.fileno(), root=os.geteuid() == 0),
                 "virtiofsd.log",
                 [listener],
             )
             self._qemu = self._spawn(
-                self._qemu_command(share, theirs), "qemu.log", [share, *theirs.values()]
+                self._qemu_command(share, theirs, end), "qemu.log", [share, end, *theirs.values()]
             )
 
     def _spawn(
@@ -165,7 +173,9 @@ class Machine:
                 start_new_session=True,
             )
 
-    def _qemu_command(self, share: socket.socket, ports: Mapping[int, socket.socket]) -> list[str]:
+    def _qemu_command(
+        self, share: socket.socket, ports: Mapping[int, socket.socket], monitor: socket.socket
+    ) -> list[str]:
         command = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-M", _MACHINE, "-cpu", _CPU, "-accel", "tcg,thread=multi"]
         command += ["-smp", str(self._cpus), "-m", f"{self._memory >> 20}M"]
@@ -179,6 +189,8 @@ class Machine:
         command += ["-chardev", f"socket,id=fs,fd={share.fileno()}"]
         command += ["-device", "vhost-user-fs-pci,chardev=fs,tag=host"]
         command += ["-serial", f"file:{self._console}"]
+        command += ["-chardev", f"socket,id=monitor,fd={monitor.fileno()}"]
+        command += ["-mon", "chardev=monitor,mode=control"]
         command += ["-kernel", str(self._bundle.kernel), "-initrd", str(self._bundle.initrd)]
         # TCG's guests read the host's counter. On a busy host the kernel first takes it for some
         # thousandths slower or faster, and KVM gives its guests a clock after that first guess.
@@ -187,8 +199,9 @@ class Machine:
 
     def stop(self) -> None:
         """Ends the machine at once: what the command wrote to files is already with the host."""
-        for end in self.ports.values():
-            end.close()
+        for end in (self._monitor, *self.ports.values()):
+            if end is not None:
+                end.close()
         for process in (self._qemu, self._virtiofsd):
             if process is not None:
                 process.kill()
@@ -208,8 +221,11 @@ class Machine:
         return self._console.read_bytes() if self._console.exists() else b""
 
     def diagnosis(self) -> str:
-        """What the console, QEMU and virtiofsd wrote last; of a kernel's end, how it began."""
-        lines = []
+        """What the console, QEMU and virtiofsd wrote last; of a kernel's end, how it began.
+
+        While QEMU runs, the state of its CPUs and their interrupt controllers, twice.
+        """
+        lines = [f"  CPUs: {line}" for line in self._cpu_state()]
         for name in ("virtiofsd.log", "qemu.log", "console.log"):
             path = self._directory / name
             text = path.read_bytes().decode(errors="replace") if path.exists() else ""
@@ -218,3 +234,24 @@ class Machine:
             shown = log[-12:] if start is None else log[start : start + 40]
             lines += [f"  {name}: {line.rstrip()}" for line in shown]
         return "\n".join(lines)
+
+    def _cpu_state(self) -> list[str]:
+        """Empty where QEMU does not answer its monitor (QMP)."""
+        assert self._monitor is not None
+        try:
+            self._monitor.settimeout(_MONITOR_SECONDS)
+            with self._monitor.makefile("rwb", buffering=0) as monitor:
+
+                def ask(execute: str, **arguments: str) -> str:
+                    request = {"execute": execute, "arguments": arguments}
+                    monitor.write(json.dumps(request).encode() + b"\n")
+                    while "return" not in (answer := json.loads(monitor.readline())):
+                        pass  # the greeting, and events
+                    return str(answer["return"])
+
+                ask("qmp_capabilities")
+                commands = ["info registers -a", "info registers -a", "info lapic"]
+                text = [ask("human-monitor-command", **{"command-line": c}) for c in commands]
+        except (OSError, ValueError):
+            return []
+        return [line for line in "".join(text).splitlines() if not line.startswith(_VECTORS)]

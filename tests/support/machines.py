@@ -61,7 +61,9 @@ def shards(
     made = []
     for number in range(1, machines + 1):
         journal = directory / f"{number}.journal"
-        command = [*monitor, sys.executable, "-m", "pytest", "--journal", str(journal.absolute())]
+        # However this process ends, the machine ends with it.
+        command = ["setpriv", "--pdeathsig", "KILL", *monitor]
+        command += [sys.executable, "-m", "pytest", "--journal", str(journal.absolute())]
         if number % 2 == 0:
             command.append("--from-the-end")
         made.append(Shard(number, journal, directory / f"{number}.log", [*command, *tests]))
