@@ -402,6 +402,26 @@ class ChardevConfig(Record):
         return self.kind if self.path is None else f"{self.kind}:{os.path.abspath(self.path)}"
 
 
+class SocketAddress(Path):
+    """The path of a Unix socket, written ``unix:PATH``."""
+
+    metavar = "unix:PATH"
+
+    def __init__(self) -> None:
+        super().__init__(self.metavar)
+
+    def read(self, value: object, source: Source) -> str:
+        scheme, _, path = value.partition(":") if isinstance(value, str) else ("", "", "")
+        if scheme != "unix":
+            raise ValueError(f"is not the address of a Unix socket: give {self.metavar}")
+        if any(option in path for option in (",server", ",wait", ",nowait")):
+            raise ValueError(f"has options, which there are none of: give {self.metavar} alone")
+        return "unix:" + super().read(path, source)
+
+    def toml(self, value: str) -> str:
+        return quote_toml("unix:" + os.path.abspath(value.removeprefix("unix:")))
+
+
 _NOWHERE = ChardevConfig(kind="none")
 _STDIO = ChardevConfig(kind="stdio")
 
@@ -492,6 +512,12 @@ class VmConfig(Record):
         default=_NOWHERE,
         group="console",
         help="the virtio console hvc0, which follows the window size and is faster",
+    )
+    qmp: str | None = setting(
+        SocketAddress(),
+        default=None,
+        group="lifecycle",
+        help="a socket that controls the machine by QMP; 'pyvmm ctl PATH' speaks it",
     )
     reboot: bool = setting(
         Boolean(),

@@ -37,11 +37,13 @@ class Image:
 
     `native` is the ``struct blk_image *`` for the block engine. All sizes are bytes: `size` is that
     of the disk, `logical_block_size` and `physical_block_size` are what a guest should be told;
-    `discard_granularity` is 0 when space cannot be given back. `name` is what the user called it.
+    `discard_granularity` is 0 when space cannot be given back. `name` is what the user called it,
+    `format` that of the image, or nbd.
     """
 
     __slots__ = (
         "discard_granularity",
+        "format",
         "logical_block_size",
         "name",
         "native",
@@ -49,6 +51,7 @@ class Image:
         "readonly",
     )
     name: str
+    format: str
     native: Any
     readonly: bool
     logical_block_size: int
@@ -59,6 +62,12 @@ class Image:
     def size(self) -> int:
         size: int = self.native.size
         return size
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The most requests and bytes in a second; 0: any number."""
+        limit = self.native.limit
+        return limit.iops, limit.bps
 
     @property
     def in_memory(self) -> bool:
@@ -114,6 +123,7 @@ class DiskImage(Image):
 
     def __init__(self, path: str, fd: int, *, readonly: bool, direct: bool) -> None:
         self.name = path
+        self.format = "raw"
         self.fd = fd
         self.readonly = readonly
         self.block_size = SECTOR

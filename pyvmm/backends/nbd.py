@@ -33,6 +33,7 @@ class NbdImage(Image):
     def __init__(self, uri: str, *, name: str, readonly: bool = False, threads: int = 1) -> None:
         ffi, self._lib = _library()
         self.name = name
+        self.format = "nbd"
         self.readonly = readonly
         info = ffi.new("struct blk_nbd_info *")
         error = ffi.new("char[]", _ERROR_SIZE)

@@ -50,6 +50,7 @@ class FormatImage(Image):
             self._server.stop()
             raise
         self.name = path
+        self.format = format
         self.native = self._nbd.native
         self.readonly = readonly
         self.logical_block_size = self._nbd.logical_block_size

@@ -27,6 +27,7 @@ class SnapshotImage(Image):
 
     def __init__(self, base: Image) -> None:
         self.name = base.name
+        self.format = base.format
         self.readonly = False
         self.logical_block_size = base.logical_block_size
         self.physical_block_size = base.physical_block_size

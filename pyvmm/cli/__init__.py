@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # What `pyvmm --help` says of each subcommand.
 COMMANDS = {
     "run": "start a virtual machine",
+    "ctl": "control a running machine through its control socket",
     "doctor": "tell what this machine can do, and how to mend what it cannot",
     "nested": "run a command where there is a real KVM: inside an emulated machine",
     "switch": "join virtual machines to a network of their own",

@@ -236,6 +236,8 @@ def run(args: Arguments | argparse.Namespace) -> int:
             f"pyvmm: {reason}; continuing in an emulated AMD-V machine (slow)",
             file=sys.stderr,
         )
+    for remark in _remarks_on_nested(config):
+        print(f"pyvmm: {remark}", file=sys.stderr)
     return _run_nested(config, argv)
 
 
@@ -293,6 +295,22 @@ def _check_devices(config: VmConfig, reason: str) -> None:
             f"--scsi-device={hidden(config.scsi_devices[0].path)} needs a /dev/kvm that runs Linux "
             f"({reason}): an emulated machine sees neither the devices of this one nor its network"
         )
+
+
+def _remarks_on_nested(config: VmConfig) -> list[str]:
+    """What does not reach out of an emulated machine."""
+    remarks = []
+    if config.qmp is not None:
+        remarks.append(
+            "the control socket is inside the emulated machine, where this host's programs do not "
+            "reach it; 'pyvmm nested -- sh' is a shell in which 'pyvmm run' and 'pyvmm ctl' meet"
+        )
+    if any(net.hostfwd for net in config.nets):
+        remarks.append(
+            "the ports of hostfwd are those of the emulated machine, which this host's programs do "
+            "not reach; 'pyvmm nested -- sh' is a shell in which 'pyvmm run' and they meet"
+        )
+    return remarks
 
 
 def _why_not_kvm() -> str | None:

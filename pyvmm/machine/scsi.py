@@ -32,18 +32,19 @@ if TYPE_CHECKING:
 class PluggedDisk:
     """A disk behind the controller, whose size and limits can be changed."""
 
-    def __init__(self, device: VirtioScsi, place: Place, image: Image) -> None:
+    def __init__(self, device: VirtioScsi, place: Place, config: DiskConfig, image: Image) -> None:
         self._device = device
         self._place = place
-        self._image = image
+        self.config = config
+        self.image = image
 
     def resize(self, size: int | None = None) -> None:
         """As of `VirtioBlk.resize`."""
-        self._device.change_capacity(*self._place, lambda: self._image.resize(size))
+        self._device.change_capacity(*self._place, lambda: self.image.resize(size))
 
     def limit(self, *, iops: int = 0, bps: int = 0) -> None:
         """As of `VirtioBlk.limit`."""
-        lib.blk_limit_set(self._image.native, iops, bps)
+        lib.blk_limit_set(self.image.native, iops, bps)
         self._device.limits_changed()
 
 
@@ -105,7 +106,7 @@ class ScsiController:
     def _open_disk(self, config: DiskConfig, place: Place, stack: ExitStack) -> ScsiDisk:
         image = stack.enter_context(open_disk(**config.backend() | {"threads": self._threads}))
         name = f"{place[0]}:{place[1]}"
-        self.disks[name] = PluggedDisk(self.device, place, image)
+        self.disks[name] = PluggedDisk(self.device, place, config, image)
         stack.callback(self.disks.pop, name)
         lib.blk_limit_set(image.native, config.iops, config.bps)
         disk = ScsiDisk(

@@ -85,6 +85,11 @@ class VcpuThread:
         self.handle.close()
 
     @property
+    def thread_id(self) -> int:
+        """Its number on the host (TID); 0 before `start`."""
+        return self._thread.native_id or 0
+
+    @property
     def counters(self) -> dict[str, int]:
         """Exits so far, by what became of them."""
         counters = lib.vcpu_counters(self._native)

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from pyvmm.backends.chardev import Chardev
+    from pyvmm.backends.disk import Image
     from pyvmm.backends.scsi.cdrom import ScsiCdrom
     from pyvmm.config import ChardevConfig, DiskConfig, ScsiConfig, VmConfig
+    from pyvmm.control.server import QmpServer
     from pyvmm.errors import GuestCrash, PyvmmError
     from pyvmm.kvm.handles import Kvm
     from pyvmm.machine.board import Board
@@ -89,6 +91,7 @@ class VM:
         self._devices: list[VirtioDevice] = []
         self._scsi: ScsiController | None = None
         self._disks: dict[str, VirtioBlk] = {}
+        self._images: dict[str, tuple[DiskConfig, Image]] = {}  # of those
         self.nets: list[VirtioNet] = []  # as configured; what one is connected to is its `port`
         self._chardevs: list[Chardev] = []
         self._board: Board | None = None
@@ -127,11 +130,14 @@ class VM:
             chassis = ChassisBuilder(self._kvm, self.config)
             stack.callback(chassis.discard)
             self._open_devices(stack)
+            control = self._open_control(self.config.qmp, stack) if self.config.qmp else None
             self._power_on(chassis)
             stack.callback(self._power_off)
             self._resources = stack.pop_all()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
         self._supervisor.start()
+        if control is not None:
+            control.start()
 
     def wait(self, timeout: float | None = None) -> Outcome:
         """Waits for the end of the guest; after `timeout` seconds it is ended."""
@@ -144,8 +150,13 @@ class VM:
     def stop(self, status: int = ExitStatus.OK, reason: str = "host-signal") -> None:
         """Ends the guest at once, as pulling the plug would; idempotent."""
         if self._supervisor is not None and not self._ended.is_set():
-            self._end(Outcome(status, reason=reason))
+            self.request_stop(status, reason)
             self._ended.wait()
+
+    def request_stop(self, status: int = ExitStatus.OK, reason: str = "host-signal") -> None:
+        """As `stop`, but without waiting for the end; `wait` does that."""
+        if self._supervisor is not None and not self._ended.is_set():
+            self._end(Outcome(status, reason=reason))
 
     def reset(self) -> None:
         """Starts the guest anew, as a reset button would, or ends it with reboot=False."""
@@ -154,7 +165,7 @@ class VM:
 
     def on_event(self, listener: Listener) -> None:
         """Has `listener` called with each `Event` from now on: SHUTDOWN, RESET, STOP, RESUME,
-        GUEST_PANICKED, BLOCK_IO_ERROR.
+        POWERDOWN, GUEST_PANICKED, BLOCK_IO_ERROR, DEVICE_DELETED.
 
         It is called on the thread on which that happens and should return soon; it may call
         methods of this VM but those that wait for its end (`stop`, `wait`, `close`).
@@ -174,6 +185,13 @@ class VM:
         if self._paused:
             return "paused" if self.stopped_by is None else "io-error"
         return "running"
+
+    @property
+    def cpu_threads(self) -> list[int]:
+        """The number that each CPU's thread has on the host (its TID)."""
+        with self._lock:
+            vcpus = [] if self._board is None else self._board.vcpus
+            return [vcpu.thread_id for vcpu in vcpus]
 
     def pause(self) -> None:
         """Returns when the guest executes no more code; idempotent."""
@@ -221,6 +239,17 @@ class VM:
             bps=_number(settings["bps"].kind, "bps", bps),
         )
 
+    @property
+    def disks(self) -> dict[str, tuple[DiskConfig, Image]]:
+        """What each disk was asked to be and what it is on, by its name."""
+        plugged = dict(self._scsi.disks) if self._scsi is not None else {}
+        return self._images | {name: (disk.config, disk.image) for name, disk in plugged.items()}
+
+    @property
+    def cdroms(self) -> dict[str, ScsiCdrom]:
+        """The CD drives by their names."""
+        return dict(self._scsi.cdroms) if self._scsi is not None else {}
+
     def _disk(self, name: str) -> VirtioBlk | PluggedDisk:
         disks: dict[str, VirtioBlk | PluggedDisk] = {**self._disks}
         if self._scsi is not None:
@@ -234,6 +263,7 @@ class VM:
         with self._lock:
             if self._board is not None:
                 self._board.press_power_button()
+                self._listeners.tell("POWERDOWN")
 
     def add_scsi_disk(self, **settings: Any) -> tuple[int, int]:
         """Plugs a disk into the SCSI controller; returns its target and LUN.
@@ -252,6 +282,7 @@ class VM:
         there is no such disk.
         """
         self._scsi_controller().remove(target, lun)
+        self._listeners.tell("DEVICE_DELETED", device=f"{target}:{lun}")
 
     def change_medium(self, name: str, path: str | None, *, force: bool = False) -> None:
         """Puts an ISO image into the CD drive `name` (``cd0`` is the first one) in place of what is
@@ -272,7 +303,7 @@ class VM:
         return None if drive.tray_open else drive.path
 
     def _cdrom(self, name: str) -> ScsiCdrom:
-        drives = self._scsi.cdroms if self._scsi is not None else {}
+        drives = self.cdroms
         if name not in drives:
             known = f"there are {', '.join(drives)}" if drives else "it has none"
             raise UsageError(f"this machine has no CD drive {name}: {known}")
@@ -331,6 +362,13 @@ class VM:
 
             self._devices.append(VirtioRng())
 
+    def _open_control(self, address: str, stack: ExitStack) -> QmpServer:
+        from pyvmm.control.server import QmpServer
+
+        server = QmpServer(address.removeprefix("unix:"), self)
+        stack.callback(server.close)
+        return server
+
     def _open_scsi(self, config: ScsiConfig, stack: ExitStack) -> None:
         from pyvmm.machine.scsi import ScsiController
 
@@ -368,6 +406,7 @@ class VM:
         )
         blk.limit(iops=config.iops, bps=config.bps)
         self._disks[name] = blk
+        self._images[name] = config, image
         return blk
 
     def _open_chardev(self, config: ChardevConfig, name: str, stack: ExitStack) -> Chardev:

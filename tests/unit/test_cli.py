@@ -102,13 +102,13 @@ class TestDispatch:
             (["rnu"], "unknown command 'rnu', did you mean 'run'? (see pyvmm --help)"),
             (
                 ["xyzzy"],
-                "unknown command 'xyzzy': the commands are run, doctor, nested, switch or images "
-                "(see pyvmm --help)",
+                "unknown command 'xyzzy': the commands are run, ctl, doctor, nested, switch or "
+                "images (see pyvmm --help)",
             ),
             (
                 ["--quiet"],
-                "unknown option '--quiet': the commands are run, doctor, nested, switch or images "
-                "(see pyvmm --help)",
+                "unknown option '--quiet': the commands are run, ctl, doctor, nested, switch or "
+                "images (see pyvmm --help)",
             ),
             (
                 ["run", "--memry", "1G"],
@@ -415,6 +415,20 @@ class TestRun:
         assert cli.main(["run", "--kernel=k"]) == 0
         assert vm.calls[0] == "start"
         assert nested == []
+
+    def test_what_does_not_reach_out_of_an_emulated_machine_is_told(
+        self, files: Any, kvm: Any, nested: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        kvm("no SYSCALL")
+        arguments = [f"--kernel={files.kernel}", "--qmp=unix:s", "--net=user,hostfwd=tcp::0-:22"]
+        assert cli.main(["run", *arguments]) == 80
+        there = "'pyvmm nested -- sh' is a shell in which 'pyvmm run' and"
+        assert capsys.readouterr().err.splitlines()[1:] == [
+            "pyvmm: the control socket is inside the emulated machine, where this host's programs "
+            f"do not reach it; {there} 'pyvmm ctl' meet",
+            "pyvmm: the ports of hostfwd are those of the emulated machine, which this host's "
+            f"programs do not reach; {there} they meet",
+        ]
 
     def test_auto_says_why_it_goes_nested(
         self, files: Any, kvm: Any, nested: Any, capsys: pytest.CaptureFixture[str]

@@ -156,6 +156,16 @@ CHARDEVS = "give stdio, pty, file:PATH, unix:PATH or none"
             "must not write, snapshot=on if its writes are thrown away",
         ),
         ({"serial": "pipe"}, f"--serial=pipe is for Python programs: {CHARDEVS}"),
+        (
+            {"qmp": "tcp:4444"},
+            "--qmp=tcp:4444 is not the address of a Unix socket: give unix:PATH",
+        ),
+        ({"qmp": "unix:"}, "--qmp=unix: is empty: give the path of a file"),
+        (
+            {"qmp": "unix:vm.sock,server=on,wait=off"},
+            "--qmp=unix:vm.sock,server=on,wait=off has options, which there are none of: "
+            "give unix:PATH alone",
+        ),
         ({"serial": "tty"}, f"--serial=tty is not a character device: {CHARDEVS}"),
         ({"serial": "file"}, "--serial: file needs a path: give file:PATH"),
         ({"console": "unix:"}, "--console: path= is empty: give the path of a file"),
@@ -509,6 +519,7 @@ configs = st.builds(
     ),
     serial=chardevs,
     console=st.just(ChardevConfig(kind="stdio")),
+    qmp=st.one_of(st.none(), paths.map(lambda path: f"unix:{path}")),
     reboot=st.booleans(),
     timeout=st.one_of(st.none(), st.floats(0.001, 1e6)),
 )

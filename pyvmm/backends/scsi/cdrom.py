@@ -162,6 +162,11 @@ class ScsiCdrom:
             self._image.close()
         lib.scsi_cdrom_destroy(self._cdrom)
 
+    @property
+    def locked(self) -> bool:
+        """Whether the guest prevents the removal of the medium."""
+        return bool(self._cdrom.prevent)
+
     def insert(self, path: str | os.PathLike[str] | None, *, force: bool = False) -> None:
         """Puts an image into the drive in place of what is there, and closes the tray; None only
         takes out what is there. Idle reads of the guest end first.
