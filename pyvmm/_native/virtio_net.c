@@ -35,14 +35,6 @@ _Static_assert(sizeof(struct virtio_net_hdr_v1) == HEADER_SIZE, "5.1.6");
 #define USUAL_FRAME (HEADER_SIZE + 18u + 1500u)
 #define GUESS_FRAMES 64u
 
-/* A queue, and whether its driver was asked to notify of the chain after armed_at. */
-struct side {
-    struct virtq vq;
-    bool armed;
-    uint16_t armed_at;
-    int kick_fd;
-};
-
 /* A receive buffer that was taken from the ring and not yet returned: its next `iov_count` entries
  * of struct rx's vector. */
 struct buffer {
@@ -57,7 +49,7 @@ struct buffer {
  *
  * Positions in a frame count from its virtio_net_hdr_v1. */
 struct rx {
-    struct side side;
+    struct virtq_side side;
 
     struct buffer *buffers; /* [first_buffer, end_buffer) are in stock */
     struct iovec *iov;      /* [first_iov, end_iov) are theirs */
@@ -93,7 +85,7 @@ struct tx_frame {
 };
 
 struct tx {
-    struct side side;
+    struct virtq_side side;
     struct tx_frame frames[TX_BATCH];
     uint32_t next, count; /* [next, count) wait */
     struct iovec *iov;
@@ -122,26 +114,6 @@ struct virtio_net_pair {
 static void add(uint64_t *counter, uint64_t count)
 {
     __atomic_store_n(counter, *counter + count, __ATOMIC_RELAXED);
-}
-
-/* The next chain. When there is none and one is `needed`, the driver is asked to notify of it. */
-static enum virtq_result pop(struct side *side, struct virtq_chain *chain, bool needed)
-{
-    for (;;) {
-        enum virtq_result result = virtq_pop(&side->vq, chain);
-
-        if (result == VIRTQ_CHAIN && side->armed) {
-            side->armed = false;
-            virtq_disable_notify(&side->vq);
-        }
-        if (result != VIRTQ_EMPTY || !needed ||
-            (side->armed && side->armed_at == side->vq.next_avail))
-            return result;
-        side->armed = true;
-        side->armed_at = side->vq.next_avail;
-        if (!virtq_enable_notify(&side->vq))
-            return side->vq.broken ? VIRTQ_BROKEN : VIRTQ_EMPTY;
-    }
 }
 
 /* Copies `size` bytes from position `offset` of the buffers on; those there are. */
@@ -291,7 +263,7 @@ static bool take_buffer(struct rx *rx, bool needed)
             compact(rx);
         }
         chain.iov = &rx->iov[rx->end_iov];
-        if (pop(&rx->side, &chain, needed) != VIRTQ_CHAIN)
+        if (virtq_side_pop(&rx->side, &chain, needed) != VIRTQ_CHAIN)
             return false;
         if (chain.writable_bytes < HEADER_SIZE) { /* 5.1.6.3.1 */
             virtq_push(&rx->side.vq, chain.head, 0);
@@ -873,7 +845,7 @@ static bool serve_tx(struct virtio_net_pair *pair)
         if (tx->capacity - tx->used < tx->side.vq.size + 1u)
             break;
         chain.iov = &tx->iov[tx->used + 1];
-        if (pop(&tx->side, &chain, true) != VIRTQ_CHAIN) {
+        if (virtq_side_pop(&tx->side, &chain, true) != VIRTQ_CHAIN) {
             flush(pair);
             return false;
         }

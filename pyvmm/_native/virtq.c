@@ -244,3 +244,22 @@ bool virtq_enable_notify(struct virtq *vq)
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     return ring_load(avail->idx) != vq->next_avail;
 }
+
+enum virtq_result virtq_side_pop(struct virtq_side *side, struct virtq_chain *chain, bool needed)
+{
+    for (;;) {
+        enum virtq_result result = virtq_pop(&side->vq, chain);
+
+        if (result == VIRTQ_CHAIN && side->armed) {
+            side->armed = false;
+            virtq_disable_notify(&side->vq);
+        }
+        if (result != VIRTQ_EMPTY || !needed ||
+            (side->armed && side->armed_at == side->vq.next_avail))
+            return result;
+        side->armed = true;
+        side->armed_at = side->vq.next_avail;
+        if (!virtq_enable_notify(&side->vq))
+            return side->vq.broken ? VIRTQ_BROKEN : VIRTQ_EMPTY;
+    }
+}

@@ -90,4 +90,16 @@ void virtq_disable_notify(struct virtq *vq);
  * Never true once the queue is broken. */
 bool virtq_enable_notify(struct virtq *vq);
 
+/* A queue, and whether its driver was asked to notify of the chain after armed_at. */
+struct virtq_side {
+    struct virtq vq;
+    bool armed;
+    uint16_t armed_at;
+    int kick_fd;
+};
+
+/* virtq_pop with notifications: they are off while chains come, and when there is none and one is
+ * `needed`, the driver is asked to notify of it. Begins with notifications disabled. */
+enum virtq_result virtq_side_pop(struct virtq_side *side, struct virtq_chain *chain, bool needed);
+
 #endif
