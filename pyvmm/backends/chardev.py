@@ -7,7 +7,10 @@ pty      a new pseudo-terminal. Output is dropped while no program has it open.
 file     output alone; the file is emptied first. Also a FIFO or a device.
 unix     a listening Unix socket (mode 0600), for one client at a time, which may leave and come
          back. Output is dropped while there is none.
+connect  a connection to somebody's Unix socket, made again when it is lost. Output is dropped
+         while there is none.
 pipe     two pipes, whose other ends this program holds (`PipeChardev`).
+program  a socket, whose other end this program holds (`peer.ProgramPeer`).
 none     no input; output is dropped.
 ======== ======================================================================================
 """
@@ -16,7 +19,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import stat
 import sys
 import threading
@@ -26,9 +28,9 @@ from pyvmm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
 
+    from pyvmm.backends.peer import Peer
     from pyvmm.backends.terminal import RawTerminal
 
 
@@ -42,6 +44,12 @@ class Chardev:
     `input_fd` and `output_fd` (None: there is none) are two descriptors that never block, for one
     reader and one writer; input can be polled; output may be a regular file, which cannot.
     They stay the same and open until `close`, before which the device must let go of them.
+
+    Of some kinds, and only where `open_chardev` was asked for `direct`, the host's other side comes
+    and goes. Both are None then while it is not there, and one and the same descriptor, or a
+    socket, while it is: `on_connect` tells, on another thread, that it came. The device, which sees
+    the end of it, lets go of the descriptor and then calls `disconnect`.
+
     `description` tells the user where to connect; it is empty where that is no question.
     `on_resize`, if set, is called from another thread when `size` changed.
     """
@@ -51,6 +59,18 @@ class Chardev:
         self.output_fd = output_fd
         self.description = description
         self.on_resize: Callable[[], None] | None = None
+        self.on_connect: Callable[[], None] | None = None
+
+    def connected(self) -> None:
+        """Somebody came."""
+        if self.on_connect is not None:
+            self.on_connect()
+
+    def disconnect(self) -> None:
+        """The device has let go of the descriptors of who was there. Any thread."""
+
+    def guest_opened(self, open: bool) -> None:
+        """A program in the guest opened its side of a port, or closed it. Any thread."""
 
     def size(self) -> tuple[int, int] | None:
         """(columns, rows) of the terminal; None where that makes no sense."""
@@ -95,10 +115,16 @@ class PipeChardev(Chardev):
 
 
 def open_chardev(
-    kind: str, path: str | None = None, *, on_quit: Callable[[], None] | None = None
+    kind: str,
+    path: str | None = None,
+    *,
+    on_quit: Callable[[], None] | None = None,
+    direct: bool = False,
 ) -> Chardev:
-    """The character device `kind` of the table above; `path` is that of a file or unix.
+    """The character device `kind` of the table above; `path` is that of a file, unix or connect.
 
+    `direct` is for devices that can follow who comes and goes (see `Chardev`); for others a thread
+    copies what passes.
     `on_quit` is called, on a thread that must not close the device, when the user of stdio typed
     Ctrl-A x.
     Raises UsageError where the host does not allow it.
@@ -110,13 +136,24 @@ def open_chardev(
             return _Stdio(on_quit)
         case "pipe":
             return PipeChardev()
-        case "pty":
-            return _Relayed(_PtyRelay())
+        case "program":
+            from pyvmm.backends.peer import ProgramPeer
+
+            return ProgramPeer()
         case "file" if path:
             return Chardev(None, _open_file(path))
-        case "unix" if path:
-            return _Relayed(_SocketRelay(path))
+        case "pty" | "unix" | "connect" if path or kind == "pty":
+            peer = _open_peer(kind, path or "")
+            return peer.start() if direct else _Relayed(peer)
     raise ValueError(f"no character device {kind!r}, or its path is missing")
+
+
+def _open_peer(kind: str, path: str) -> Peer:
+    from pyvmm.backends.peer import ConnectingPeer, ListeningPeer, PtyPeer
+
+    if kind == "pty":
+        return PtyPeer()
+    return ListeningPeer(path) if kind == "unix" else ConnectingPeer(path)
 
 
 def _open_file(path: str) -> int:
@@ -133,76 +170,32 @@ def _open_file(path: str) -> int:
 class _Relayed(Chardev):
     """A device whose two descriptors are those of a relay."""
 
-    def __init__(self, relay: _PtyRelay | _SocketRelay) -> None:
-        super().__init__(relay.input_fd, relay.output_fd, relay.description)
-        self._relay = relay
-        relay.start()
+    def __init__(self, peer: Peer) -> None:
+        self._relay = _PeerRelay(peer)
+        super().__init__(self._relay.input_fd, self._relay.output_fd, peer.description)
+        self._relay.start()
+        peer.start()
 
     def close(self) -> None:
         self._relay.close()
 
 
-class _PtyRelay(Relay):
-    """The master of a pseudo-terminal. It is hung up while no program has the slave open."""
+class _PeerRelay(Relay):
+    """Copies to and from whoever is there of `peer`."""
 
-    def __init__(self) -> None:
-        from pyvmm.backends.terminal import make_raw
-
-        super().__init__("chardev-pty")
-        try:
-            self._master, slave = os.openpty()
-        except OSError as error:
-            raise UsageError(f"cannot create a pseudo-terminal: {error.strerror}") from error
-        os.set_blocking(self._master, False)
-        path = os.ttyname(slave)
-        self.description = f"pseudo-terminal {path}"
-        make_raw(slave)  # else it would echo the guest's output back as input
-        os.close(slave)  # from now on it is hung up
-        # A hung up master polls ready all the time; edges tell when a program comes.
-        self._edges = select.epoll()
-        self._edges.register(self._master, select.EPOLLIN | select.EPOLLET)
-
-    def refresh(self) -> None:
-        poll = select.poll()
-        poll.register(self._master, select.POLLIN)
-        events = dict(poll.poll(0)).get(self._master, 0)
-        hung_up = events & select.POLLHUP
-        self.sink = -1 if hung_up else self._master
-        self.source = -1 if hung_up and not events & select.POLLIN else self._master
-        self.extra = self._edges.fileno() if hung_up else -1
+    def __init__(self, peer: Peer) -> None:
+        super().__init__("chardev-relay")
+        self._peer = peer
+        self.extra = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        peer.on_connect = lambda: os.eventfd_write(self.extra, 1)
 
     def extra_ready(self) -> None:
-        self._edges.poll(0)
-
-    def cleanup(self) -> None:
-        self._edges.close()
-        os.close(self._master)
-
-
-class _SocketRelay(Relay):
-    """A listening socket, or the one client that it accepted."""
-
-    def __init__(self, path: str) -> None:
-        from pyvmm.backends.unix_socket import listen
-
-        self._path = path
-        self._listener = listen(path)
-        super().__init__("chardev-unix")
-        self.description = f"socket {path}"
-        self._client: socket.socket | None = None
-        self.extra = self._listener.fileno()
-
-    def extra_ready(self) -> None:
-        try:
-            self._client, _ = self._listener.accept()
-        except OSError:
-            return  # it left before it was accepted
-        self._client.setblocking(False)
-        self.source = self.sink = self._client.fileno()
-        self.extra = -1
+        os.eventfd_read(self.extra)
+        fd = self._peer.input_fd
+        self.source = self.sink = -1 if fd is None else fd
 
     def source_ended(self) -> None:
-        # The client may have shut down its half alone, and still read.
+        # A client may have shut down its half alone, and still read.
         self.source = -1
         self._disconnect()
 
@@ -212,17 +205,12 @@ class _SocketRelay(Relay):
         self._disconnect()
 
     def _disconnect(self) -> None:
-        if self._client is not None and self.source < 0 and self.sink < 0:
-            self._client.close()
-            self._client = None
-            self.extra = self._listener.fileno()
+        if self.source < 0 and self.sink < 0:
+            self._peer.disconnect()
 
     def cleanup(self) -> None:
-        if self._client is not None:
-            self._client.close()
-        self._listener.close()
-        if os.path.exists(self._path):
-            os.unlink(self._path)
+        self._peer.close()
+        os.close(self.extra)
 
 
 class _Stdio(Chardev):

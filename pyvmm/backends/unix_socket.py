@@ -12,16 +12,21 @@ from pyvmm.errors import UsageError
 LONGEST_PATH = 107  # bytes of sun_path, without the NUL
 
 
+def check_path(path: str, purpose: str) -> None:
+    """UsageError when `path` is too long to `purpose` it, such as "listen on"."""
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        raise UsageError(
+            f"cannot {purpose} {path}: the path of a socket has at most {LONGEST_PATH} bytes; "
+            "choose a shorter one"
+        )
+
+
 def listen(path: str, backlog: int = 1) -> socket.socket:
     """A non-blocking socket of mode 0600 at `path`, in place of one that a process left behind.
 
     UsageError when there cannot be one.
     """
-    if len(os.fsencode(path)) > LONGEST_PATH:
-        raise UsageError(
-            f"cannot listen on {path}: the path of a socket has at most {LONGEST_PATH} bytes; "
-            "choose a shorter one"
-        )
+    check_path(path, "listen on")
     listener = socket.socket(socket.AF_UNIX)
     listener.setblocking(False)
     os.fchmod(listener.fileno(), 0o600)  # bind gives the socket's mode to the file

@@ -335,6 +335,8 @@ def test_a_pty_that_nobody_opened_drops_output(pty: Chardev) -> None:
         assert pty.output_fd is not None
         wait_until(lambda: pipe_is_empty(pty))
     slave = open_slave(pty)
+    os.write(slave, b"x")
+    receive(pty, 1)
     send(pty, b"now")
     assert read(slave, 3) == b"now"
     os.close(slave)
