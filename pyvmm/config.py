@@ -363,6 +363,7 @@ CHARDEVS = {
     "pty": "a new pseudo-terminal; its name is printed",
     "file:PATH": "a file that gets the output; there is no input",
     "unix:PATH": "a Unix socket to listen on, for one client at a time",
+    "connect:PATH": "somebody's Unix socket, again whenever the connection is lost",
     "none": "nothing",
 }
 
@@ -370,8 +371,9 @@ CHARDEVS = {
 class ChardevConfig(Record):
     """What a serial port or console is connected to on the host; ``CHARDEVS`` says what there is.
 
-    As text: ``stdio``, ``pty``, ``file:PATH``, ``unix:PATH`` or ``none``; and, for Python programs
-    alone, ``pipe``, the other ends of which are ``VM.serial`` or ``VM.console``.
+    As text: ``stdio``, ``pty``, ``file:PATH``, ``unix:PATH``, ``connect:PATH`` or ``none``; and,
+    for Python programs alone, ``pipe``, the other ends of which are ``VM.serial`` or
+    ``VM.console``.
     """
 
     metavar = "|".join(CHARDEVS)
@@ -420,6 +422,73 @@ class SocketAddress(Path):
 
     def toml(self, value: str) -> str:
         return quote_toml("unix:" + os.path.abspath(value.removeprefix("unix:")))
+
+
+class PortName(Text):
+    """The name of a port, which becomes that of a file in the guest."""
+
+    def __init__(self) -> None:
+        super().__init__("NAME", longest=64)
+
+    def read(self, value: object, source: Source) -> str:
+        name = super().read(value, source)
+        if not name or "/" in name or " " in name or name.startswith("."):
+            raise ValueError(
+                "is no name of a file in the guest's /dev/virtio-ports: give one such as "
+                "org.qemu.guest_agent.0"
+            )
+        return name
+
+
+_PORT_KINDS = {
+    "unix": "unix=PATH",
+    "connect": "connect=PATH",
+    "file": "file=PATH",
+    "pty": "pty=on",
+    "stdio": "stdio=on",
+}
+
+
+class PortConfig(Record, implied="name"):
+    """A named port of virtio-serial and what it is connected to on the host.
+
+    Without that it is for this program, in Python: see `VM.port`.
+    """
+
+    name: str = setting(PortName(), help="its name: /dev/virtio-ports/NAME in the guest")
+    unix: str | None = setting(
+        Path(), default=None, help="a Unix socket to listen on, for one client at a time"
+    )
+    connect: str | None = setting(
+        Path(), default=None, help="somebody's Unix socket, again whenever the connection is lost"
+    )
+    file: str | None = setting(
+        Path(), default=None, help="a file that gets the output; there is no input"
+    )
+    pty: bool = setting(Boolean(), default=False, help="a new pseudo-terminal; its name is printed")
+    stdio: bool = setting(Boolean(), default=False, help="standard input and output")
+    console: bool = setting(
+        Boolean(), default=False, help="make it a terminal, /dev/hvcN, instead of a stream of bytes"
+    )
+
+    def complete(self, source: Source) -> None:
+        given = [kind for kind in _PORT_KINDS if getattr(self, kind)]
+        if len(given) > 1:
+            place = f"{source.place}: " if source.place else ""
+            raise UsageError(
+                f"{place}port {self.name} is connected to both {given[0]} and {given[1]}: "
+                "give one of them"
+            )
+
+    @property
+    def kind(self) -> str:
+        """The kind of its character device (`backends.chardev`)."""
+        return next((kind for kind in _PORT_KINDS if getattr(self, kind)), "program")
+
+    @property
+    def path(self) -> str | None:
+        """That of its file or socket."""
+        return self.unix or self.connect or self.file
 
 
 _NOWHERE = ChardevConfig(kind="none")
@@ -519,6 +588,19 @@ class VmConfig(Record):
         group="lifecycle",
         help="a socket that controls the machine by QMP; 'pyvmm ctl PATH' speaks it",
     )
+    ports: tuple[PortConfig, ...] = setting(
+        Many(PortConfig),
+        default=(),
+        group="console",
+        flag="--port",
+        help="a named port of virtio-serial: /dev/virtio-ports/NAME in the guest",
+    )
+    max_ports: int | None = setting(
+        Integer(1, 255),
+        default=None,
+        group="console",
+        help="named ports that there can be at a time (default: 30, or as many as there are)",
+    )
     reboot: bool = setting(
         Boolean(),
         default=True,
@@ -532,7 +614,7 @@ class VmConfig(Record):
     def complete(self, source: Source) -> None:
         name = {key: source.name(each) for key, each in self.settings.items()}
         if self.serial is None:
-            on_stdio = self.console.kind == "stdio"
+            on_stdio = self.console.kind == "stdio" or any(port.stdio for port in self.ports)
             self.__dict__["serial"] = _NOWHERE if on_stdio else _STDIO
         if self.serial == self.console and self.serial.kind not in ("none", "pty", "pipe"):
             raise UsageError(
@@ -546,6 +628,7 @@ class VmConfig(Record):
                 f"of 2M: give {format_size(below)} or {format_size(below + _HUGE_PAGE)}, "
                 f"or no {name['hugepages']}"
             )
+        self._check_ports(name)
         self._check_disks_differ(name["disks"])
         self.scsi_places(name)
         self._check_cdroms(name["cdroms"])
@@ -599,6 +682,33 @@ class VmConfig(Record):
                     f"{setting}={self.cdroms[index].path}: there is a drive called {name} already: "
                     "give another name"
                 )
+
+    @property
+    def most_ports(self) -> int:
+        """How many named ports there can be at a time."""
+        # A driver sets up two queues for each, so not more than people expect.
+        return max(30, len(self.ports)) if self.max_ports is None else self.max_ports
+
+    def _check_ports(self, name: Mapping[str, str]) -> None:
+        names = [port.name for port in self.ports]
+        for index, port in enumerate(names):
+            if port in names[:index]:
+                raise UsageError(
+                    f"{name['ports']}={port} is given twice: give one of them another name"
+                )
+        on_stdio = [f"{name['ports']}={port.name}" for port in self.ports if port.stdio] + [
+            name[key] for key in ("serial", "console") if getattr(self, key).kind == "stdio"
+        ]
+        if len(on_stdio) > 1:
+            raise UsageError(
+                f"{on_stdio[1]} and {on_stdio[0]} are both stdio: "
+                "connect one of them to something else or to none"
+            )
+        if self.max_ports is not None and self.max_ports < len(names):
+            raise UsageError(
+                f"{name['max_ports']}={self.max_ports} is too small for the {len(names)} ports "
+                f"that are given: give at least {len(names)}"
+            )
 
     def _check_disks_differ(self, name: str) -> None:
         """Two disks on one image would corrupt it; two that only read are fine."""
@@ -677,4 +787,9 @@ def from_command_line(options: Mapping[str, object], config_file: str | None = N
     for name in ("serial", "console"):
         if getattr(config, name).kind == "pipe":
             raise UsageError(f"--{name}=pipe is for Python programs: give {any_of(CHARDEVS)}")
+    for port in config.ports:
+        if port.kind == "program":
+            raise UsageError(
+                f"--port={port.name} is connected to nothing: give {any_of(_PORT_KINDS.values())}"
+            )
     return config

@@ -39,6 +39,8 @@ examples:
       multi_queue' makes
   pyvmm run --image debian --cdrom media.iso --scsi-device iscsi://storage/iqn.2026-11.example:a/1
       a CD drive, and a disk of an iSCSI target
+  pyvmm run --image debian --port org.qemu.guest_agent.0,unix=agent.sock
+      a socket on which the guest's agent answers
   pyvmm run --kernel bzImage --disk disk.img --dry-run > vm.toml
   pyvmm run --config vm.toml --memory 2G
       the same machine from a file, with more memory

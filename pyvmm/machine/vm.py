@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pyvmm.backends.chardev import Chardev
     from pyvmm.backends.disk import Image
+    from pyvmm.backends.peer import PortStream
     from pyvmm.backends.scsi.cdrom import ScsiCdrom
     from pyvmm.config import ChardevConfig, DiskConfig, ScsiConfig, VmConfig
     from pyvmm.control.server import QmpServer
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pyvmm.machine.board import Board
     from pyvmm.machine.chassis import ChassisBuilder
     from pyvmm.machine.events import Listener
+    from pyvmm.machine.ports import PortState, SerialPorts
     from pyvmm.machine.scsi import PluggedDisk, ScsiController
     from pyvmm.schema import Kind
     from pyvmm.virtio.blk import VirtioBlk
@@ -90,6 +92,7 @@ class VM:
         self._resources = ExitStack()
         self._devices: list[VirtioDevice] = []
         self._scsi: ScsiController | None = None
+        self._serial_ports: SerialPorts | None = None
         self._disks: dict[str, VirtioBlk] = {}
         self._images: dict[str, tuple[DiskConfig, Image]] = {}  # of those
         self.nets: list[VirtioNet] = []  # as configured; what one is connected to is its `port`
@@ -165,7 +168,7 @@ class VM:
 
     def on_event(self, listener: Listener) -> None:
         """Has `listener` called with each `Event` from now on: SHUTDOWN, RESET, STOP, RESUME,
-        POWERDOWN, GUEST_PANICKED, BLOCK_IO_ERROR, DEVICE_DELETED.
+        POWERDOWN, GUEST_PANICKED, BLOCK_IO_ERROR, DEVICE_DELETED, VSERPORT_CHANGE.
 
         It is called on the thread on which that happens and should return soon; it may call
         methods of this VM but those that wait for its end (`stop`, `wait`, `close`).
@@ -316,6 +319,40 @@ class VM:
             )
         return self._scsi
 
+    def port(self, name: str) -> PortStream:
+        """This program's end of a port that is connected to nothing else, for as long as that is
+        open; one at a time.
+
+        UsageError when there is no such port, or it is open already.
+        """
+        return self._ports().open(name)
+
+    def add_port(self, name: str, **settings: Any) -> None:
+        """Adds a port, which the guest sees at once; the settings are the keys of ``--port``.
+
+        Raises UsageError, also for a machine that has no virtio-serial or is not started.
+        """
+        from pyvmm.config import PortConfig
+
+        self._remark(self._ports().add(PortConfig(name=name, **settings)))
+
+    def remove_port(self, name: str) -> None:
+        """Takes a port away from the guest and ends its connection. UsageError when there is no
+        such port."""
+        self._ports().remove(name)
+
+    @property
+    def ports(self) -> dict[str, PortState]:
+        """The named ports that there are now."""
+        return {} if self._serial_ports is None else self._serial_ports.states()
+
+    def _ports(self) -> SerialPorts:
+        if self._serial_ports is None:
+            raise UsageError(
+                "this machine has no virtio-serial: start it with a port or with max_ports=30"
+            )
+        return self._serial_ports
+
     def set_link(self, index: int, up: bool) -> None:
         """Plugs the cable of that one of `nets` in, or pulls it out."""
         self.nets[index].set_link(up)
@@ -353,10 +390,14 @@ class VM:
             for nic in self.nets:
                 self.remarks += nic.port.remarks
         if config.console.kind != "none":
-            from pyvmm.virtio.console import VirtioConsole
+            from pyvmm.virtio.console import Port, VirtioConsole
 
-            self.console = self._open_chardev(config.console, "console hvc0", stack)
-            self._devices.append(VirtioConsole(self.console, on_output=self._watch_output))
+            self.console = self._open_chardev(config.console, "console hvc0", stack, direct=True)
+            console = VirtioConsole()
+            console.add_port(Port(self.console, terminal=True, watch=self._console_watch))
+            self._devices.append(console)
+        if config.ports or config.max_ports is not None:
+            self._open_ports(stack)
         if config.rng:
             from pyvmm.virtio.rng import VirtioRng
 
@@ -381,6 +422,23 @@ class VM:
             self._remark(remark)
         self._devices.append(self._scsi.device)
         self._remark(self._scsi.device.engine_remark)
+
+    def _open_ports(self, stack: ExitStack) -> None:
+        from pyvmm.machine.ports import SerialPorts
+
+        self._serial_ports = stack.enter_context(
+            SerialPorts(
+                self.config.most_ports,
+                on_change=lambda name, open: self._listeners.tell(
+                    "VSERPORT_CHANGE", id=name, open=open
+                ),
+                on_quit=self._on_quit,
+            )
+        )
+        stack.callback(setattr, self, "_serial_ports", None)
+        for port in self.config.ports:
+            self._remark(self._serial_ports.add(port))
+        self._devices.append(self._serial_ports.device)
 
     def _remark(self, remark: str) -> None:
         if remark and remark not in self.remarks:
@@ -409,10 +467,12 @@ class VM:
         self._images[name] = config, image
         return blk
 
-    def _open_chardev(self, config: ChardevConfig, name: str, stack: ExitStack) -> Chardev:
+    def _open_chardev(
+        self, config: ChardevConfig, name: str, stack: ExitStack, *, direct: bool = False
+    ) -> Chardev:
         from pyvmm.backends.chardev import open_chardev
 
-        chardev = open_chardev(config.kind, config.path, on_quit=self._on_quit)
+        chardev = open_chardev(config.kind, config.path, on_quit=self._on_quit, direct=direct)
         stack.callback(chardev.close)
         self._chardevs.append(chardev)
         if chardev.description:
@@ -425,9 +485,6 @@ class VM:
             raise MemoryError("no memory for the tail of a console")
         stack.callback(lib.console_watch_destroy, watch)
         return watch
-
-    def _watch_output(self, data: bytes) -> None:
-        lib.console_watch_feed(self._console_watch, data, len(data))
 
     def _power_on(self, chassis: ChassisBuilder) -> None:
         from pyvmm.machine.board import Board  # while the kernel works on the chassis
@@ -473,6 +530,8 @@ class VM:
         self._listeners.tell("SHUTDOWN", guest=guest, reason=outcome.reason)
         for chardev in self._chardevs:
             chardev.hang_up()
+        if self._serial_ports is not None:
+            self._serial_ports.hang_up()
         self._ended.set()
 
     def _follow_events(self) -> Outcome:

@@ -13,6 +13,7 @@ from pyvmm.config import (
     ChardevConfig,
     DiskConfig,
     NetConfig,
+    PortConfig,
     ScsiConfig,
     VmConfig,
     from_command_line,
@@ -74,7 +75,7 @@ DISK_KEYS = (
     "(known keys: path, nbd, format, readonly, snapshot, direct, cache, on_error, iops, bps, "
     "queues, queue_size, serial, bus, target, lun)"
 )
-CHARDEVS = "give stdio, pty, file:PATH, unix:PATH or none"
+CHARDEVS = "give stdio, pty, file:PATH, unix:PATH, connect:PATH or none"
 
 
 @pytest.mark.parametrize(
@@ -179,6 +180,41 @@ CHARDEVS = "give stdio, pty, file:PATH, unix:PATH or none"
             {"serial": "file:/tmp/log", "console": "file:/tmp/log"},
             "--serial and --console are both file:/tmp/log: "
             "connect one of them to something else or to none",
+        ),
+        (
+            {"ports": ["agent"]},
+            "--port=agent is connected to nothing: "
+            "give unix=PATH, connect=PATH, file=PATH, pty=on or stdio=on",
+        ),
+        (
+            {"ports": ["agent,unix=/run/a,pty=on"]},
+            "--port: port agent is connected to both unix and pty: give one of them",
+        ),
+        (
+            {"ports": ["a,unix=/run/a", "a,unix=/run/b"]},
+            "--port=a is given twice: give one of them another name",
+        ),
+        (
+            {"ports": ["a/b,pty=on"]},
+            "--port: name=a/b is no name of a file in the guest's /dev/virtio-ports: "
+            "give one such as org.qemu.guest_agent.0",
+        ),
+        (
+            {"ports": ["unix=/run/a"]},
+            "--port: name is missing: give its name: /dev/virtio-ports/NAME in the guest",
+        ),
+        (
+            {"ports": ["a,stdio=on"], "serial": "stdio"},
+            "--serial and --port=a are both stdio: "
+            "connect one of them to something else or to none",
+        ),
+        (
+            {"ports": ["a,pty=on", "b,pty=on"], "max_ports": "1"},
+            "--max-ports=1 is too small for the 2 ports that are given: give at least 2",
+        ),
+        (
+            {"max_ports": "256"},
+            "--max-ports=256 is out of range: give a whole number from 1 to 255",
         ),
     ],
 )
@@ -318,7 +354,9 @@ def test_the_same_image_may_be_read_twice() -> None:
     assert len(config(disks=["a,readonly=on", "a,readonly=on"]).disks) == 2
 
 
-@pytest.mark.parametrize("text", ["stdio", "pty", "none", "pipe", "file:/a,b=c:d", "unix:/run/s"])
+@pytest.mark.parametrize(
+    "text", ["stdio", "pty", "none", "pipe", "file:/a,b=c:d", "unix:/run/s", "connect:/s"]
+)
 def test_character_devices_round_trip(text: str) -> None:
     assert ChardevConfig.from_text(text, Source()).to_text() == text
 
@@ -501,6 +539,11 @@ configs = st.builds(
         ),
         max_size=3,
         unique_by=lambda disk: disk.path,
+    ),
+    ports=st.lists(
+        st.builds(PortConfig, name=st.sampled_from(["a", "b", "c.d"]), unix=paths),
+        max_size=3,
+        unique_by=lambda port: port.name,
     ),
     nets=st.lists(
         st.one_of(

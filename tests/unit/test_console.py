@@ -7,12 +7,14 @@ import select
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.mmio_driver import CONFIG, MmioDriver, wait_until
 
+from pyvmm._core import ffi, lib
 from pyvmm.virtio import _generated_uapi as uapi
-from pyvmm.virtio.console import VirtioConsole
+from pyvmm.virtio.console import Port, VirtioConsole
 
 RX, TX = 0, 1
 F_SIZE = 1 << uapi.VIRTIO_CONSOLE_F_SIZE
@@ -28,11 +30,18 @@ class Host:
         self.input_fd, self.keyboard = os.pipe2(flags)
         self.screen, self.output_fd = os.pipe2(flags)
         self.on_resize: Callable[[], None] | None = None
+        self.on_connect: Callable[[], None] | None = None
         self.window = window
         self._fds = {self.input_fd, self.keyboard, self.screen, self.output_fd}
 
     def size(self) -> tuple[int, int] | None:
         return self.window
+
+    def disconnect(self) -> None:
+        raise AssertionError("pipes are no connection")
+
+    def guest_opened(self, open: bool) -> None:
+        pass
 
     def close_fd(self, fd: int) -> None:
         os.close(fd)
@@ -55,6 +64,13 @@ class Host:
         return not select.select([self.screen], [], [], 0.02)[0]
 
 
+def console(host: Host, watch: Any = ffi.NULL) -> VirtioConsole:
+    """A console with hvc0 alone."""
+    device = VirtioConsole()
+    device.add_port(Port(host, terminal=True, watch=watch))
+    return device
+
+
 @pytest.fixture
 def host() -> Iterator[Host]:
     host = Host()
@@ -64,7 +80,7 @@ def host() -> Iterator[Host]:
 
 @pytest.fixture
 def driver(host: Host) -> Iterator[MmioDriver]:
-    with MmioDriver(VirtioConsole(host)) as driver:
+    with MmioDriver(console(host)) as driver:
         driver.start()
         yield driver
 
@@ -120,20 +136,23 @@ def test_output_is_dropped_when_the_reader_left(driver: MmioDriver, host: Host) 
 
 
 def test_output_goes_to_the_watcher_too(host: Host) -> None:
-    watched: list[bytes] = []
+    watch = lib.console_watch_create(-1)
     host.output_fd = None
-    with MmioDriver(VirtioConsole(host, on_output=watched.append)) as driver:
+    with MmioDriver(console(host, watch)) as driver:
         driver.start()
         driver.request(TX, (b"Kernel ", b"panic"))
         driver.request(TX, (bytes(10000),))
         driver.replies(TX, 2)
-    assert b"".join(watched) == b"Kernel panic" + bytes(10000)
+    tail = ffi.new("uint8_t[]", lib.CONSOLE_TAIL_SIZE)
+    size = lib.console_watch_tail(watch, tail)
+    assert bytes(ffi.buffer(tail, size)) == b"Kernel panic" + bytes(10000)
+    lib.console_watch_destroy(watch)
 
 
 def test_a_regular_file_takes_output(host: Host, tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as log:
         host.output_fd = log.fileno()
-        with MmioDriver(VirtioConsole(host)) as driver:
+        with MmioDriver(console(host)) as driver:
             driver.start()
             driver.request(TX, (b"log line\n",))
             driver.replies(TX)
@@ -203,7 +222,7 @@ def test_the_end_of_input(driver: MmioDriver, host: Host) -> None:
 
 def test_a_host_without_input(host: Host) -> None:
     host.input_fd = None
-    with MmioDriver(VirtioConsole(host)) as driver:
+    with MmioDriver(console(host)) as driver:
         driver.start()
         driver.request(RX, writable=(8,))
         driver.request(TX, (b"out",))
@@ -235,7 +254,7 @@ def test_no_size_without_a_terminal(driver: MmioDriver) -> None:
 
 def test_the_window_size_and_its_changes() -> None:
     host = Host(window=(80, 25))
-    with MmioDriver(VirtioConsole(host)) as driver:
+    with MmioDriver(console(host)) as driver:
         assert driver.start() & F_SIZE
         assert _window(driver) == (80, 25)
         host.window = (132, 43)
