@@ -34,11 +34,15 @@ COMMAND_LINE = 0x2_0000
 LOW_RAM_USABLE_END = 0x9_FC00
 MP_TABLE = 0x9_FC00
 ACPI_RSDP = 0xE_0000
+ACPI_FACS = 0xE_0040
 ACPI_TABLES_END = 0xF_0000
 MP_CONFIG_TABLE = 0xF_0000
 HIGH_MEMORY_START = 0x10_0000
 
 # I/O ports and their interrupts (GSI numbers).
+CMOS_PORT = 0x70
+CMOS_CENTURY = 0x32  # where in CMOS memory the RTC keeps it
+RTC_GSI = 8
 COM1_PORT = 0x3F8
 COM1_GSI = 4
 PM1_EVENT_PORT = 0x600
@@ -49,6 +53,7 @@ I8042_DATA_PORT = 0x60
 I8042_COMMAND_PORT = 0x64
 PVPANIC_PORT = 0x505
 ACPI_SCI_GSI = 9
-ACPI_S5_SLEEP_TYPE = 5  # SLP_TYP
+ACPI_S3_SLEEP_TYPE = 1  # SLP_TYP
+ACPI_S5_SLEEP_TYPE = 5
 # GSIs that virtio-mmio devices may take, in this order; past the last they are shared.
 VIRTIO_GSIS = (16, 17, 18, 19, 20, 21, 22, 23, 5, 10, 11, 12, 6, 7, 14, 15)
