@@ -10,6 +10,7 @@ DefinitionBlock ("dsdt.aml", "DSDT", 2, "PYVMM ", "PYVMM   ", 1)
 {
     /* ACPI 6.5, 7.4.2: the SLP_TYP values to write to PM1a and PM1b control for each sleep state. */
     Name (\_S0, Package () { 0, 0, 0, 0 })
+    Name (\_S3, Package () { ACPI_S3_SLEEP_TYPE, ACPI_S3_SLEEP_TYPE, 0, 0 })
     Name (\_S5, Package () { ACPI_S5_SLEEP_TYPE, ACPI_S5_SLEEP_TYPE, 0, 0 })
 
     Scope (\_SB)
@@ -24,6 +25,18 @@ DefinitionBlock ("dsdt.aml", "DSDT", 2, "PYVMM ", "PYVMM   ", 1)
             {
                 IO (Decode16, COM1_PORT, COM1_PORT, 1, 8)
                 IRQNoFlags () { COM1_GSI }
+            })
+        }
+
+        /* The real-time clock and CMOS memory: index and data port. */
+        Device (RTC0)
+        {
+            Name (_HID, EisaId ("PNP0B00"))
+            Name (_STA, 0x0F)
+            Name (_CRS, ResourceTemplate ()
+            {
+                IO (Decode16, CMOS_PORT, CMOS_PORT, 1, 2)
+                IRQNoFlags () { RTC_GSI }
             })
         }
 

@@ -607,6 +607,13 @@ class VmConfig(Record):
         group="lifecycle",
         help="start the guest again when it reboots, else end with status 0",
     )
+    catch_up: bool = setting(
+        Boolean(),
+        default=False,
+        group="lifecycle",
+        help="let the guest's clocks jump ahead after a pause, instead of going on from where they "
+        "stood",
+    )
     timeout: float | None = setting(
         Seconds(), default=None, group="lifecycle", help="end with status 124 after that time"
     )

@@ -26,7 +26,7 @@ IOAPIC_ID = 0
 _OEM_ID = b"PYVMM "
 _CREATOR_ID = b"PYVM"
 _REVISION = 1  # of what is in the tables and of their creator
-_ALIGNMENT = 64  # the FACS needs it (5.2.10)
+_ALIGNMENT = 16
 
 _HEADER = struct.Struct("<4sIBB6s8sI4sI")  # 5.2.6
 _CHECKSUM_OFFSET = 9
@@ -35,11 +35,9 @@ _CHECKSUM_OFFSET = 9
 _WBINVD = 1 << 0
 _PROC_C1 = 1 << 2
 _SLP_BUTTON = 1 << 5  # no sleep button among the fixed hardware; the power button is there
-_FIX_RTC = 1 << 6  # the RTC's alarm wakes nobody
 _RESET_REG_SUP = 1 << 10
 _LEGACY_DEVICES = 1 << 0  # COM1
 _VGA_NOT_PRESENT = 1 << 2
-_CMOS_RTC_NOT_PRESENT = 1 << 5
 
 # Latencies in us beyond which C2 and C3 are not supported (table 5.9).
 _NO_C2 = 101
@@ -77,8 +75,9 @@ def build_tables(memory: GuestMemory, *, cpus: int, virtio: Sequence[VirtioSlot]
 
     Returns the gpa of the RSDP.
     """
-    rsdp_size = 36
-    next_gpa = layout.ACPI_RSDP + rsdp_size
+    facs = _facs()
+    memory.write(layout.ACPI_FACS, facs)
+    next_gpa = layout.ACPI_FACS + len(facs)
 
     def place(table: bytes) -> int:
         nonlocal next_gpa
@@ -89,15 +88,24 @@ def build_tables(memory: GuestMemory, *, cpus: int, virtio: Sequence[VirtioSlot]
         memory.write(gpa, table)
         return gpa
 
-    facs = place(_facs())
     dsdt = place(_table(b"DSDT", 2, DSDT))
-    tables = [place(_fadt(facs, dsdt)), place(_madt(cpus))]
+    tables = [place(_fadt(layout.ACPI_FACS, dsdt)), place(_madt(cpus))]
     if virtio:
         devices = b"".join(_virtio_device(index, slot) for index, slot in enumerate(virtio))
         tables.append(place(_table(b"SSDT", 2, devices)))
     xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))
     memory.write(layout.ACPI_RSDP, _rsdp(xsdt))
     return layout.ACPI_RSDP
+
+
+def waking_vector(memory: GuestMemory) -> int | None:
+    """Where vCPU 0 goes on after S3, in real mode (5.2.10); None unless the guest set it to an
+    address that real mode reaches.
+
+    The 64-bit vector, which would be entered in protected mode, is not looked at: Linux clears it.
+    """
+    signature, vector = struct.unpack("<4s8xI", memory.view(layout.ACPI_FACS, 16))
+    return vector if signature == b"FACS" and 0 < vector < 1 << 20 else None
 
 
 def _checksum(data: bytes | bytearray) -> int:
@@ -152,9 +160,10 @@ def _fadt(facs: int, dsdt: int) -> bytes:
     body += struct.pack("<8I", layout.PM1_EVENT_PORT, 0, layout.PM1_CONTROL_PORT, 0, 0, 0, 0, 0)
     body += struct.pack("<8B", 4, 2, 0, 0, 0, 0, 0, 0)
     # C2 and C3 latency, flush size and stride, duty offset and width, day and month alarm, century.
-    body += struct.pack("<HHHHBBBBB", _NO_C2, _NO_C3, 0, 0, 0, 0, 0, 0, 0)
-    body += struct.pack("<HB", _LEGACY_DEVICES | _VGA_NOT_PRESENT | _CMOS_RTC_NOT_PRESENT, 0)
-    body += struct.pack("<I", _WBINVD | _PROC_C1 | _SLP_BUTTON | _FIX_RTC | _RESET_REG_SUP)
+    body += struct.pack("<HHHHBBBBB", _NO_C2, _NO_C3, 0, 0, 0, 0, 0, 0, layout.CMOS_CENTURY)
+    body += struct.pack("<HB", _LEGACY_DEVICES | _VGA_NOT_PRESENT, 0)
+    # Without FIX_RTC: the RTC's alarm wakes through the PM1 registers.
+    body += struct.pack("<I", _WBINVD | _PROC_C1 | _SLP_BUTTON | _RESET_REG_SUP)
     body += _io_register(layout.RESET_PORT, 1, byte_access)
     # Reset value, ARM boot flags, minor version, X_FIRMWARE_CTRL (0: the FACS is below 4 GiB).
     body += struct.pack("<BHBQQ", layout.RESET_VALUE, 0, 5, 0, dsdt)

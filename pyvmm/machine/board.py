@@ -1,8 +1,8 @@
-"""The hardware of one boot: built at power-on, thrown away at reset.
+"""The hardware of one boot: built at power-on, thrown away at reset and in S3.
 
 What survives a reset (disk images, consoles, the devices with their settings) belongs to
 ``vm.py`` and is only plugged in here. Building everything anew is what makes a reboot sound: no
-state of the old guest can be left behind.
+state of the old guest can be left behind. S3 is the same, but for what stays powered (`Asleep`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pyvmm.worker import WorkerThread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any, Protocol
 
     from pyvmm.backends.chardev import Chardev
@@ -36,12 +36,16 @@ if TYPE_CHECKING:
     from pyvmm.config import VmConfig
     from pyvmm.kvm.handles import Kvm, Vcpu
     from pyvmm.machine.chassis import Chassis
+    from pyvmm.machine.memory import GuestMemory
+    from pyvmm.machine.pvclock import StoppedClock
+    from pyvmm.platform.rtc import Rtc
     from pyvmm.virtio.device import VirtioDevice
 
     class Listener(Protocol):
         """Who hears what the guest did. Called on vCPU threads."""
 
         def on_poweroff(self) -> None: ...
+        def on_sleep(self) -> None: ...
         def on_reset(self) -> None: ...
         def on_panic(self) -> None: ...
         def on_crash(self, crash: GuestCrash) -> None: ...
@@ -57,11 +61,27 @@ MTRR_ON_WRITE_BACK = 1 << 11 | 6
 FIRST_REGISTER_SLOT = 4
 
 
+class Asleep:
+    """What stays powered in S3 (ACPI 6.5, 16.1.3), from one board to the next: memory, and the
+    registers of what can wake the machine.
+    """
+
+    __slots__ = ("clock", "memory", "pm1_events")
+
+    def __init__(
+        self, memory: GuestMemory, pm1_events: power.Pm1Events, clock: StoppedClock
+    ) -> None:
+        self.memory = memory
+        self.pm1_events = pm1_events
+        self.clock = clock
+
+
 class Board:
-    """A machine that is ready to run its kernel; `start` lets the vCPUs go.
+    """A machine that is ready to run its kernel, or to go on after S3 (`asleep`); `start` lets the
+    vCPUs go.
 
     `serial` is what ttyS0 is connected to, and `watch` the ``struct console_watch *`` that sees its
-    output. Raises UsageError, KvmError.
+    output; `rtc` is the clock that the battery keeps. Raises UsageError, KvmError.
     """
 
     def __init__(
@@ -72,9 +92,14 @@ class Board:
         devices: Sequence[VirtioDevice],
         serial: Chardev,
         watch: Any,
+        rtc: Rtc,
         listener: Listener,
+        asleep: Asleep | None = None,
     ) -> None:
         self._listener = listener
+        self._chassis = chassis
+        self._rtc = rtc
+        self._stopped_clock: StoppedClock | None = None
         with ExitStack() as stack:
             stack.callback(chassis.close)
             self.memory, self.vm = chassis.memory, chassis.vm
@@ -82,10 +107,16 @@ class Board:
             self._mmio = Bus()
             self.vcpus = [self._create_vcpu(index, stack) for index in range(config.cpus)]
 
-            self._add_platform(serial, watch, stack)
+            self._add_platform(serial, watch, asleep, stack)
             self._add_virtio(kvm, devices, stack)
-            entry = self._load(config)
-            self._set_cpus_up(kvm, entry)
+            self._set_cpus_up(kvm)
+            if asleep is None:
+                rtc.reset()
+                set_entry_state(self.vcpus[0].handle, self._load(config))
+            else:
+                self._wake(asleep)
+            rtc.connect(self._set_rtc_irq)
+            stack.callback(rtc.connect, None)
             # Guest code must stop before anything that it uses goes.
             stack.callback(self._stop_vcpus)
             self._stack = stack.pop_all()
@@ -97,17 +128,41 @@ class Board:
 
     def pause(self) -> None:
         """Returns when no vCPU runs guest code; idempotent. Also before `start`."""
+        from pyvmm.machine.pvclock import StoppedClock
+
         for vcpu in self.vcpus:
             vcpu.pause()
+        if self._stopped_clock is None:
+            self._stopped_clock = StoppedClock(self.vm)
 
-    def resume(self) -> None:
-        """Lets the vCPUs go on; idempotent."""
+    def resume(self, *, catch_up: bool) -> None:
+        """Lets the vCPUs go on, with their clock where it stood or (`catch_up`) where it would be;
+        idempotent.
+        """
+        if self._stopped_clock is not None:
+            from pyvmm.machine.pvclock import tell_paused
+
+            self._stopped_clock.start(self.vm, catch_up=catch_up)
+            self._stopped_clock = None
+            tell_paused(vcpu.handle for vcpu in self.vcpus)
         for vcpu in self.vcpus:
             vcpu.resume()
 
     def press_power_button(self) -> None:
         """Asks the guest to shut down."""
         self._pm1_events.press_power_button()
+
+    def fall_asleep(self, on_wake: Callable[[], None]) -> Asleep:
+        """Closes the board but for what is returned; `on_wake` is called when that wakes."""
+        from pyvmm.machine.pvclock import StoppedClock
+
+        pm1_events = self._pm1_events
+        pm1_events.sleep(on_wake)
+        asleep = Asleep(self.memory, pm1_events, StoppedClock(self.vm))
+        self._chassis.keep_memory = True
+        self.close()
+        self._rtc.connect(lambda level: pm1_events.rtc_alarm() if level else None)
+        return asleep
 
     def close(self) -> None:
         """Stops the guest and gives everything back."""
@@ -133,6 +188,10 @@ class Board:
         self._stop_vcpus()
         self._listener.on_poweroff()
 
+    def _on_sleep(self) -> None:
+        self._stop_vcpus()
+        self._listener.on_sleep()
+
     def _stop_vcpus(self) -> None:
         """The guest executes nothing after the instruction that ended it."""
         for vcpu in self.vcpus:
@@ -143,20 +202,34 @@ class Board:
 
         self._listener.on_crash(crash.describe(vcpu.handle, vcpu.index, self.memory))
 
-    def _add_platform(self, serial: Chardev, watch: Any, stack: ExitStack) -> None:
+    def _set_sci(self, level: bool) -> None:
+        self.vm.irq_line(layout.ACPI_SCI_GSI, level)
+
+    def _set_rtc_irq(self, level: bool) -> None:
+        self.vm.irq_line(layout.RTC_GSI, level)
+        if level:
+            self._pm1_events.rtc_alarm()
+
+    def _add_platform(
+        self, serial: Chardev, watch: Any, asleep: Asleep | None, stack: ExitStack
+    ) -> None:
         listener = self._listener
-        self._pm1_events = power.Pm1Events(
-            lambda level: self.vm.irq_line(layout.ACPI_SCI_GSI, level)
-        )
+        self._pm1_events = asleep.pm1_events if asleep else power.Pm1Events(self._set_sci)
         reset = power.ResetPort(layout.RESET_VALUE, self._on_reset)
         i8042 = power.ResetPort(power.I8042_PULSE_RESET, self._on_reset, power.I8042_STATUS)
-        control = power.Pm1Control(self._on_poweroff)
+        control = power.Pm1Control(
+            {
+                layout.ACPI_S3_SLEEP_TYPE: self._on_sleep,
+                layout.ACPI_S5_SLEEP_TYPE: self._on_poweroff,
+            }
+        )
         panic = PvPanic(listener.on_panic)
         self._pio.add(layout.PM1_EVENT_PORT, self._pm1_events.SIZE, self._pm1_events)
         self._pio.add(layout.PM1_CONTROL_PORT, control.SIZE, control)
         self._pio.add(layout.RESET_PORT, reset.SIZE, reset)
         self._pio.add(layout.I8042_COMMAND_PORT, i8042.SIZE, i8042)
         self._pio.add(layout.PVPANIC_PORT, panic.SIZE, panic)
+        self._pio.add(layout.CMOS_PORT, self._rtc.SIZE, self._rtc)
 
         in_fd, out_fd = (-1 if fd is None else fd for fd in (serial.input_fd, serial.output_fd))
         uart = lib.serial16550_create(
@@ -266,7 +339,17 @@ class Board:
             acpi_rsdp=rsdp,
         )
 
-    def _set_cpus_up(self, kvm: Kvm, entry: EntryState) -> None:
+    def _wake(self, asleep: Asleep) -> None:
+        """All that a firmware does after S3 (16.3.2): vCPU 0 goes on at the waking vector, in real
+        mode; the others wait for their start-up IPIs.
+        """
+        vector = acpi.waking_vector(self.memory)
+        assert vector is not None  # or else the machine is reset
+        asleep.clock.start(self.vm, catch_up=True)
+        asleep.pm1_events.wake(self._set_sci)
+        set_real_mode_entry(self.vcpus[0].handle, vector)
+
+    def _set_cpus_up(self, kvm: Kvm) -> None:
         tsc_deadline = kvm.check_extension(kvm_uapi.KVM_CAP_TSC_DEADLINE_TIMER) > 0
         supported = [cpuid.CpuidEntry.from_kvm(leaf) for leaf in kvm.get_supported_cpuid()]
         model = cpuid.host_cpu_model()
@@ -280,7 +363,15 @@ class Board:
             )
             vcpu.handle.set_cpuid2([kvm_uapi.kvm_cpuid_entry2(*leaf) for leaf in leaves])
             vcpu.handle.set_msrs({MSR_MTRR_DEF_TYPE: MTRR_ON_WRITE_BACK})
-        set_entry_state(self.vcpus[0].handle, entry)
+
+
+def set_real_mode_entry(vcpu: Vcpu, gpa: int) -> None:
+    """Has a vCPU that was just made begin at `gpa`, below 1 MiB, in real mode."""
+    sregs = vcpu.get_sregs()
+    sregs.cs.selector = gpa >> 4
+    sregs.cs.base = sregs.cs.selector << 4
+    vcpu.set_sregs(sregs)
+    vcpu.set_regs(kvm_uapi.kvm_regs(rip=gpa & 0xF, rflags=0x2))
 
 
 def set_entry_state(vcpu: Vcpu, entry: EntryState) -> None:

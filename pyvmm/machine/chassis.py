@@ -19,13 +19,16 @@ class Chassis:
 
     Memory slots and interrupt controllers make the kernel wait for grace periods, milliseconds in
     which Python can do something else: `VM` builds this on a thread of its own.
+
+    `memory` is that of a machine that wakes up. It is closed with the chassis unless `keep_memory`.
     Raises UsageError, KvmError.
     """
 
-    def __init__(self, kvm: Kvm, config: VmConfig) -> None:
+    def __init__(self, kvm: Kvm, config: VmConfig, memory: GuestMemory | None = None) -> None:
+        self.keep_memory = False
         with ExitStack() as stack:
-            self.memory = GuestMemory(config.memory, hugepages=config.hugepages)
-            stack.callback(self.memory.close)
+            self.memory = memory or GuestMemory(config.memory, hugepages=config.hugepages)
+            stack.callback(self._close_memory)
             self.vm = stack.enter_context(kvm.create_vm())
             self.vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
             self.vm.set_tss_addr(layout.KVM_TSS)
@@ -35,15 +38,19 @@ class Chassis:
                 self.vm.set_user_memory_region(slot, region.gpa, region.size, region.hva)
             self.close = stack.pop_all().close
 
+    def _close_memory(self) -> None:
+        if not self.keep_memory:
+            self.memory.close()
+
 
 class ChassisBuilder:
     """Builds a chassis on a thread, from now on; either `take` or `discard` has to follow."""
 
-    def __init__(self, kvm: Kvm, config: VmConfig) -> None:
+    def __init__(self, kvm: Kvm, config: VmConfig, memory: GuestMemory | None = None) -> None:
         self._chassis: Chassis | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(
-            target=self._build, args=(kvm, config), name="chassis", daemon=True
+            target=self._build, args=(kvm, config, memory), name="chassis", daemon=True
         )
         self._thread.start()
 
@@ -63,8 +70,8 @@ class ChassisBuilder:
             self._chassis.close()
             self._chassis = None
 
-    def _build(self, kvm: Kvm, config: VmConfig) -> None:
+    def _build(self, kvm: Kvm, config: VmConfig, memory: GuestMemory | None) -> None:
         try:
-            self._chassis = Chassis(kvm, config)
+            self._chassis = Chassis(kvm, config, memory)
         except BaseException as error:
             self._error = error

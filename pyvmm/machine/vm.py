@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pyvmm._core import ffi, lib
 from pyvmm.errors import ExitStatus, GuestPanic, GuestTimeout, UsageError
 from pyvmm.machine.events import Listeners
+from pyvmm.platform.rtc import Rtc
 
 TYPE_CHECKING = False  # importing typing takes milliseconds
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from pyvmm.control.server import QmpServer
     from pyvmm.errors import GuestCrash, PyvmmError
     from pyvmm.kvm.handles import Kvm
-    from pyvmm.machine.board import Board
+    from pyvmm.machine.board import Asleep, Board
     from pyvmm.machine.chassis import ChassisBuilder
     from pyvmm.machine.events import Listener
     from pyvmm.machine.ports import PortState, SerialPorts
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 PANIC_GRACE = 1.0
 PANIC = "Kernel panic - not syncing"
 REPORT_LINES = 20
+RTC_PATIENCE = 60e3  # ms
 PANIC_CONTEXT = 8
 
 
@@ -98,9 +100,10 @@ class VM:
         self.nets: list[VirtioNet] = []  # as configured; what one is connected to is its `port`
         self._chardevs: list[Chardev] = []
         self._board: Board | None = None
+        self._asleep: Asleep | None = None  # in place of the board, in S3
         self._boot = 0  # how often the machine was powered on
         self._paused = False
-        self._lock = threading.RLock()  # guards _board and _paused
+        self._lock = threading.RLock()  # guards _board, _asleep and _paused
         self._supervisor: threading.Thread | None = None
         self._ended = threading.Event()
         self._panic_deadline: float | None = None  # of the supervisor alone
@@ -132,6 +135,7 @@ class VM:
             self._serial_watch, self._console_watch = (self._create_watch(stack) for _ in range(2))
             chassis = ChassisBuilder(self._kvm, self.config)
             stack.callback(chassis.discard)
+            self._rtc = Rtc(self._wake_supervisor)
             self._open_devices(stack)
             control = self._open_control(self.config.qmp, stack) if self.config.qmp else None
             self._power_on(chassis)
@@ -168,7 +172,8 @@ class VM:
 
     def on_event(self, listener: Listener) -> None:
         """Has `listener` called with each `Event` from now on: SHUTDOWN, RESET, STOP, RESUME,
-        POWERDOWN, GUEST_PANICKED, BLOCK_IO_ERROR, DEVICE_DELETED, VSERPORT_CHANGE.
+        POWERDOWN, SUSPEND, WAKEUP, GUEST_PANICKED, BLOCK_IO_ERROR, DEVICE_DELETED,
+        VSERPORT_CHANGE.
 
         It is called on the thread on which that happens and should return soon; it may call
         methods of this VM but those that wait for its end (`stop`, `wait`, `close`).
@@ -178,13 +183,15 @@ class VM:
     @property
     def state(self) -> str:
         """QMP's word for what it does (its RunState): prelaunch, running, paused, io-error,
-        guest-panicked or shutdown."""
+        suspended, guest-panicked or shutdown."""
         if self._supervisor is None:
             return "prelaunch"
         if self._ended.is_set():
             return "shutdown"
         if self._panic_deadline is not None:
             return "guest-panicked"
+        if self._asleep is not None:
+            return "suspended"
         if self._paused:
             return "paused" if self.stopped_by is None else "io-error"
         return "running"
@@ -206,7 +213,10 @@ class VM:
                 self._listeners.tell("STOP")
 
     def resume(self) -> None:
-        """Lets a paused guest go on, and tries again what failed on a disk; idempotent."""
+        """Lets a paused guest go on, and tries again what failed on a disk; idempotent.
+
+        Its clocks go on from where they stood, or jump ahead with the setting `catch_up`.
+        """
         with self._lock:
             was_paused, self._paused = self._paused, False
             self.stopped_by = None
@@ -215,7 +225,7 @@ class VM:
             for blk in self._disks.values():
                 blk.resume()
             if self._board is not None:
-                self._board.resume()
+                self._board.resume(catch_up=self.config.catch_up)
 
     def resize_disk(self, name: str, size: int | str | None = None) -> None:
         """Makes a disk larger and tells the guest; `name` is that in a Linux guest, such as vda,
@@ -262,11 +272,19 @@ class VM:
         return disks[name]
 
     def press_power_button(self) -> None:
-        """Asks the guest to shut down, as the ACPI power button does."""
+        """Asks the guest to shut down, as the ACPI power button does; wakes one that sleeps."""
         with self._lock:
             if self._board is not None:
                 self._board.press_power_button()
                 self._listeners.tell("POWERDOWN")
+            else:
+                self.wake()
+
+    def wake(self) -> None:
+        """Wakes a guest that sleeps (S3); has no effect on others."""
+        with self._lock:
+            if self._asleep is not None:
+                self._asleep.pm1_events.press_power_button()
 
     def add_scsi_disk(self, **settings: Any) -> tuple[int, int]:
         """Plugs a disk into the SCSI controller; returns its target and LUN.
@@ -486,7 +504,7 @@ class VM:
         stack.callback(lib.console_watch_destroy, watch)
         return watch
 
-    def _power_on(self, chassis: ChassisBuilder) -> None:
+    def _power_on(self, chassis: ChassisBuilder, asleep: Asleep | None = None) -> None:
         from pyvmm.machine.board import Board  # while the kernel works on the chassis
 
         self._boot += 1
@@ -497,7 +515,9 @@ class VM:
             self._devices,
             self.serial,
             self._serial_watch,
+            self._rtc,
             _Listener(self, self._boot),
+            asleep,
         )
         with self._lock:
             self._board = board
@@ -508,8 +528,11 @@ class VM:
     def _power_off(self) -> None:
         with self._lock:
             board, self._board = self._board, None
+            asleep, self._asleep = self._asleep, None
         if board is not None:
             board.close()
+        if asleep is not None:
+            asleep.memory.close()
 
     def _reboot(self) -> None:
         from pyvmm.machine.chassis import ChassisBuilder
@@ -539,10 +562,8 @@ class VM:
         poll.register(self._wake, select.POLLIN)
         poll.register(self._panic_fd, select.POLLIN)
         while True:
-            wait = None
-            if self._panic_deadline is not None:
-                wait = max(0.0, self._panic_deadline - time.monotonic()) * 1000
-            ready = {fd for fd, _ in poll.poll(wait)}
+            ready = {fd for fd, _ in poll.poll(self._patience())}
+            self._rtc.tick()
             if self._panic_fd in ready:
                 os.eventfd_read(self._panic_fd)
                 self._panic()
@@ -558,6 +579,16 @@ class VM:
             if self._panic_deadline is not None and time.monotonic() >= self._panic_deadline:
                 return self._panic_outcome()
 
+    def _patience(self) -> float | None:
+        """How long nothing is to be done unless something happens, in ms; None: forever."""
+        waits = []
+        if self._panic_deadline is not None:
+            waits.append(max(0.0, self._panic_deadline - time.monotonic()) * 1e3)
+        if (due := self._rtc.due) is not None:
+            # Not at once, as the host's time may be set, and passes while the host sleeps.
+            waits.append(min(max(0, due - time.time_ns()) / 1e6, RTC_PATIENCE))
+        return min(waits, default=None)
+
     # What it does about what happened: the outcome, if that is the end
 
     def _reset(self, reason: str) -> Outcome | None:
@@ -567,6 +598,28 @@ class VM:
             return Outcome(ExitStatus.OK, reason=reason)
         self._reboot()
         self._listeners.tell("RESET", guest=reason.startswith("guest-"), reason=reason)
+        return None
+
+    def _sleep(self) -> None:
+        with self._lock:
+            board, self._board = self._board, None
+            if board is None:
+                return  # two vCPUs asked for it
+            boot = self._boot
+            self._asleep = board.fall_asleep(lambda: self._tell(self._wake_up, boot))
+            self._listeners.tell("SUSPEND")
+
+    def _wake_up(self) -> Outcome | None:
+        from pyvmm.boot.acpi import waking_vector
+        from pyvmm.machine.chassis import ChassisBuilder
+
+        assert self._asleep is not None
+        if waking_vector(self._asleep.memory) is None:
+            return self._reset("guest-reset")  # it left no way back to where it was
+        with self._lock:
+            asleep, self._asleep = self._asleep, None
+            self._listeners.tell("WAKEUP")  # before what the guest does now
+        self._power_on(ChassisBuilder(self._kvm, self.config, asleep.memory), asleep)
         return None
 
     def _panic(self) -> None:
@@ -625,6 +678,9 @@ class VM:
         stands for what happened outside of the guest.
         """
         self._inbox.append(_Message(reaction, boot))
+        self._wake_supervisor()
+
+    def _wake_supervisor(self) -> None:
         os.eventfd_write(self._wake, 1)
 
     def _end(self, outcome: Outcome, boot: int | None = None) -> None:
@@ -654,6 +710,9 @@ class _Listener:
 
     def on_poweroff(self) -> None:
         self._vm._end(Outcome(ExitStatus.OK, reason="guest-shutdown"), self._boot)
+
+    def on_sleep(self) -> None:
+        self._vm._tell(self._vm._sleep, self._boot)
 
     def on_reset(self) -> None:
         self._vm._tell(lambda: self._vm._reset("guest-reset"), self._boot)

@@ -1,20 +1,21 @@
-"""Power-off, reset and the power button: the ACPI fixed hardware that boot/acpi.py describes.
+"""Power-off, sleep, reset and the power button: the fixed hardware that boot/acpi.py describes.
 
-Sources: ACPI 6.5, 4.8.3 (PM1 registers) and 4.8.3.6 (reset register); Intel 8042 command 0xFE.
+Sources: ACPI 6.5, 4.8.3 (PM1 registers) and 4.8.3.6 (reset register), 16.1.3 (S3); Intel 8042
+command 0xFE.
 """
 
 from __future__ import annotations
 
 import threading
 
-from pyvmm import layout
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 # PM1 status and enable bits, PM1 control bits.
 PWRBTN = 1 << 8
+RTC = 1 << 10
+WAK = 1 << 15  # status only
 SCI_EN = 1 << 0
 SLP_TYP_SHIFT = 10
 SLP_TYP_MASK = 7 << SLP_TYP_SHIFT
@@ -29,21 +30,43 @@ I8042_STATUS = 0x01
 class Pm1Events:
     """PM1 event block: two bytes of status (a written 1 clears), two bytes of enable.
 
-    `set_sci` drives the level of the system control interrupt.
+    `set_sci` drives the level of the system control interrupt. In S3 the block stays powered, and
+    an event wakes the machine instead: see `sleep` and `wake`.
     """
 
     SIZE = 4
 
     def __init__(self, set_sci: Callable[[bool], None]) -> None:
         self._set_sci = set_sci
+        self._on_wake: Callable[[], None] | None = None
         self._lock = threading.Lock()
         self._status = 0
         self._enable = 0
 
     def press_power_button(self) -> None:
-        """Asks the guest to shut down."""
+        """Asks the guest to shut down, or wakes it."""
+        self._set_status(PWRBTN)
+
+    def rtc_alarm(self) -> None:
+        """The real-time clock interrupts."""
+        self._set_status(RTC)
+
+    def sleep(self, on_wake: Callable[[], None]) -> None:
+        """From now on the next event is for `on_wake`, which is called once, on any thread.
+
+        An event that the guest left pending wakes at once. The power button wakes always, others
+        where they are enabled (4.8.3.1.1).
+        """
         with self._lock:
-            self._status |= PWRBTN
+            self._on_wake = on_wake
+            self._update()
+
+    def wake(self, set_sci: Callable[[bool], None]) -> None:
+        """The machine runs again, with another interrupt controller."""
+        with self._lock:
+            self._on_wake = None
+            self._status |= WAK
+            self._set_sci = set_sci
             self._update()
 
     def read(self, offset: int, length: int) -> bytes:
@@ -61,17 +84,33 @@ class Pm1Events:
                     self._enable = self._enable & ~(0xFF << shift) | byte << shift
             self._update()
 
+    def _set_status(self, bits: int) -> None:
+        with self._lock:
+            self._status |= bits
+            self._update()
+
     def _update(self) -> None:
-        self._set_sci(bool(self._status & self._enable))
+        if self._on_wake is None:
+            self._set_sci(bool(self._status & self._enable))
+        elif self._status & (self._enable | PWRBTN):
+            on_wake, self._on_wake, self._set_sci = self._on_wake, None, _no_sci
+            on_wake()
+
+
+def _no_sci(level: bool) -> None:
+    """Stands for the interrupt controller of a machine that is being woken."""
 
 
 class Pm1Control:
-    """PM1 control block: a write of SLP_EN with the SLP_TYP of S5 turns the machine off."""
+    """PM1 control block: a write of SLP_EN does what `sleep` has for the SLP_TYP that stands there.
+
+    Other types do nothing.
+    """
 
     SIZE = 2
 
-    def __init__(self, on_poweroff: Callable[[], None]) -> None:
-        self._on_poweroff = on_poweroff
+    def __init__(self, sleep: Mapping[int, Callable[[], None]]) -> None:
+        self._sleep = sleep
         self._value = 0
 
     def read(self, offset: int, length: int) -> bytes:
@@ -85,8 +124,9 @@ class Pm1Control:
             shift = 8 * address
             value = value & ~(0xFF << shift) | byte << shift
         self._value = value & 0xFFFF & ~SLP_EN  # SLP_EN reads as zero
-        if value & SLP_EN and (value & SLP_TYP_MASK) >> SLP_TYP_SHIFT == layout.ACPI_S5_SLEEP_TYPE:
-            self._on_poweroff()
+        action = self._sleep.get((value & SLP_TYP_MASK) >> SLP_TYP_SHIFT)
+        if value & SLP_EN and action is not None:
+            action()
 
 
 class ResetPort:

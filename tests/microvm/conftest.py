@@ -19,15 +19,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a /dev/kvm that may be opened"))
 
 
-@pytest.fixture(scope="session")
-def monitor_guest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The guest of guest-images/micro/monitor.S as a vmlinux."""
-    kernel = tmp_path_factory.mktemp("micro") / "monitor.elf"
+def assemble(name: str, directory: Path) -> Path:
+    """A guest of guest-images/micro as a vmlinux."""
+    kernel = directory / f"{name}.elf"
     subprocess.run(
         [
             "gcc", "-nostdlib", "-static", "-Wl,-Ttext=0x1000000,--build-id=none,-z,noexecstack",
-            "-o", kernel, SOURCES / "monitor.S",
+            "-o", kernel, SOURCES / f"{name}.S",
         ],
         check=True,
     )  # fmt: skip
     return kernel
+
+
+@pytest.fixture(scope="session")
+def monitor_guest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The guest that obeys its serial port."""
+    return assemble("monitor", tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture(scope="session")
+def sleeper_guest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The guest that sleeps and keeps time."""
+    return assemble("sleeper", tmp_path_factory.mktemp("micro"))

@@ -14,7 +14,7 @@ import pytest
 from support.kernel_images import Memory
 
 from pyvmm import layout
-from pyvmm.boot.acpi import VirtioSlot, build_tables
+from pyvmm.boot.acpi import VirtioSlot, build_tables, waking_vector
 
 ROOT = Path(__file__).parent.parent.parent
 SLOTS = [
@@ -89,6 +89,26 @@ def test_fadt_names_the_ports_of_the_platform() -> None:
     assert fadt[128] == layout.RESET_VALUE
 
 
+def test_fadt_tells_of_the_clock() -> None:
+    fadt = read_tables().by_signature["FACP"]
+    assert fadt[108] == layout.CMOS_CENTURY
+    no_rtc, fix_rtc = 1 << 5, 1 << 6
+    assert not struct.unpack_from("<H", fadt, 109)[0] & no_rtc
+    assert not struct.unpack_from("<I", fadt, 112)[0] & fix_rtc, "its alarm wakes"
+
+
+@pytest.mark.parametrize(
+    ("written", "vector"),
+    [(0, None), (0x9_9000, 0x9_9000), (0xF_FFFF, 0xF_FFFF), (0x10_0000, None), (1 << 31, None)],
+)
+def test_waking_vector(written: int, vector: int | None) -> None:
+    memory = Memory(1 << 20)
+    assert waking_vector(memory) is None, "a machine without tables"
+    build_tables(memory, cpus=1, virtio=[])
+    memory.write(layout.ACPI_FACS + 12, written.to_bytes(4, "little"))
+    assert waking_vector(memory) == vector
+
+
 @pytest.mark.parametrize("cpus", [1, 4, 255])
 def test_madt(cpus: int) -> None:
     madt = read_tables(cpus).by_signature["APIC"]
@@ -159,7 +179,9 @@ def test_namespace_loads_and_evaluates(tmp_path: Path) -> None:
     script = "; ".join(
         f"evaluate {name}"
         for name in (
+            "\\_S3",
             "\\_S5",
+            "\\_SB.RTC0._CRS",
             "\\_SB.COM1._CRS",
             "\\_SB.PVPN._HID",
             "\\_SB.PVPN._CRS",
@@ -173,9 +195,11 @@ def test_namespace_loads_and_evaluates(tmp_path: Path) -> None:
     assert "Exception" not in output
     assert "2 ACPI AML tables successfully acquired and loaded" in output
     answers = [text.split("\n\n")[0] for text in output.split("returned object")[1:]]
-    s5, com1, pvpanic, panic_port, hid, uid, first, last = answers
+    s3, s5, rtc, com1, pvpanic, panic_port, hid, uid, first, last = answers
+    assert s3.count(f"[Integer] = {layout.ACPI_S3_SLEEP_TYPE:016X}") == 2
     assert s5.count(f"[Integer] = {layout.ACPI_S5_SLEEP_TYPE:016X}") == 2
     # 6.4.2.5: an I/O port descriptor; 6.4.2.1: an IRQ mask.
+    assert "47 01 70 00 70 00 01 02 22 00 01" in rtc
     assert "47 01 F8 03 F8 03 01 08 22 10 00" in com1
     assert "QEMU0001" in pvpanic
     assert "47 01 05 05 05 05 01 01" in panic_port
