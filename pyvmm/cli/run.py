@@ -356,7 +356,7 @@ def _run_here(config: VmConfig) -> int:
         vm.on_event(lambda event: _tell_how_to_go_on(vm, event))
         vm.start()
         gc.enable()
-        signals.connect(vm.stop, vm.resume)
+        signals.connect(vm.stop, lambda: _go_on(vm))
         for remark in vm.remarks:
             print(f"pyvmm: {remark}", file=sys.stderr)
         outcome = vm.wait(config.timeout)
@@ -364,7 +364,14 @@ def _run_here(config: VmConfig) -> int:
     return outcome.status
 
 
+def _go_on(vm: VM) -> None:
+    vm.resume()
+    vm.wake()
+
+
 def _tell_how_to_go_on(vm: VM, event: Event) -> None:
+    if event.name == "SUSPEND":
+        print(f"\npyvmm: the guest sleeps; to wake it: kill -CONT {os.getpid()}", file=sys.stderr)
     if event.name == "BLOCK_IO_ERROR":
         print(
             f"\npyvmm: the guest is stopped by {vm.stopped_by}; put that right, "
@@ -375,7 +382,7 @@ def _tell_how_to_go_on(vm: VM, event: Event) -> None:
 
 class _Signals:
     """Has SIGINT and SIGTERM end the guest from outside of whatever they interrupt, and SIGCONT
-    resume it.
+    resume or wake it.
 
     So a terminal is always restored and nothing stops halfway; a second signal changes nothing.
     """

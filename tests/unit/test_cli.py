@@ -311,6 +311,9 @@ class FakeVm:
     def resume(self) -> None:
         self.calls.append("resume")
 
+    def wake(self) -> None:
+        self.calls.append("wake")
+
     def stop(self, status: int) -> None:
         self.outcome = Outcome(status)
         self.ended.set()
@@ -402,6 +405,24 @@ class TestRun:
         assert (
             "\npyvmm: the guest is stopped by disk vda (a.img): No space left on device; "
             f"put that right, then let it try again: kill -CONT {os.getpid()}\n"
+        ) in capsys.readouterr().err
+
+    def test_sigcont_wakes_a_guest_that_sleeps(
+        self, machine: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        vm = machine(None)
+
+        def sleep_and_wake() -> None:
+            vm.listener(Event("SUSPEND", {}))
+            os.kill(os.getpid(), signal.SIGCONT)
+            while "wake" not in vm.calls:
+                time.sleep(0.01)
+            vm.stop(0)
+
+        threading.Timer(0.2, sleep_and_wake).start()
+        assert cli.main(["run", "--kernel=k", "--accel=kvm"]) == 0
+        assert (
+            f"\npyvmm: the guest sleeps; to wake it: kill -CONT {os.getpid()}\n"
         ) in capsys.readouterr().err
 
     def test_a_signal_before_the_guest_runs_is_not_lost(self, machine: Any) -> None:
