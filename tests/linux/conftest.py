@@ -140,15 +140,24 @@ def monitor() -> Iterator[Callable[..., Monitor]]:
         each.close()
 
 
-@pytest.fixture(scope="session")
-def disk_stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A disk image that is a tar archive of the static program ``disk_stress``."""
+def program_disk(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A disk image that is a tar archive of the static program made of ``name.c``."""
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed: apt install gcc libc6-dev")
-    directory = tmp_path_factory.mktemp("disk_stress")
-    source = Path(__file__).with_name("disk_stress.c")
-    program = directory / "disk_stress"
-    subprocess.run(["gcc", "-O2", "-static", "-o", program, source], check=True)
-    archive = directory / "disk_stress.tar"
+    directory = tmp_path_factory.mktemp(name)
+    source = Path(__file__).with_name(f"{name}.c")
+    program = directory / name
+    subprocess.run(["gcc", "-O2", "-static", "-pthread", "-o", program, source], check=True)
+    archive = directory / f"{name}.tar"
     subprocess.run(["tar", "-c", "-f", archive, "-C", directory, program.name], check=True)
     return archive
+
+
+@pytest.fixture(scope="session")
+def disk_stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return program_disk("disk_stress", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def clock_probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return program_disk("clock_probe", tmp_path_factory)
