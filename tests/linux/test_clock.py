@@ -66,12 +66,6 @@ class ClockGuest(LinuxGuest):
         self.await_state("suspended")
         return mark
 
-    def await_state(self, state: str) -> None:
-        deadline = time.monotonic() + 60
-        while self.vm.state != state:
-            assert time.monotonic() < deadline, f"the guest is {self.vm.state}, not {state}"
-            time.sleep(0.02)
-
     def barks(self) -> str:
         """What watchdogs found, and warnings."""
         return self.check(

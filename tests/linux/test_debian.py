@@ -72,12 +72,17 @@ def test_6_12_keeps_its_files_over_a_reboot_and_gives_space_back(image_disk: Ima
 
 
 @pytest.mark.parametrize("cpus", [1, 2])
-def test_6_1_reaches_its_login_and_heeds_the_power_button(cpus: int, image_disk: ImageDisk) -> None:
+def test_6_1_sleeps_and_heeds_the_power_button(cpus: int, image_disk: ImageDisk) -> None:
     with debian(image_disk("debian"), "6.1", cpus) as guest:
         log_in(guest)
         assert guest.check("uname -r").startswith("6.1.")
         assert guest.check("nproc") == str(cpus)
         assert guest.check("findmnt -no SOURCE,FSTYPE /") == "/dev/vda ext4"
+        mark = guest.start("systemctl suspend && sleep 2")
+        guest.await_state("suspended")
+        guest.vm.press_power_button()
+        assert guest.finish(mark).status == 0
+        assert guest.check("systemctl is-system-running --wait || true") == "running"
         guest.vm.press_power_button()
         assert end(guest) == (ExitStatus.OK, None)
 

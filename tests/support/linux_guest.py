@@ -135,6 +135,13 @@ class LinuxGuest:
         assert status == 0, f"{script!r} in the guest ended with status {status}:\n{output}"
         return output.strip()
 
+    def await_state(self, state: str) -> None:
+        """Waits until ``vm.state`` is that."""
+        deadline = time.monotonic() + COMMAND_TIMEOUT
+        while self.vm.state != state:
+            assert time.monotonic() < deadline, f"the guest is {self.vm.state}, not {state}"
+            time.sleep(0.02)
+
     def poweroff(self) -> pyvmm.Outcome:
         """Has the guest sync and power off; how the machine ended."""
         self.console.send("sync; poweroff -f\n")
