@@ -29,11 +29,8 @@ struct virtio_blk_queue {
     struct virtio_blk_device *device;
     enum blk_engine engine;
     struct virtio_irq *irq;
-    int kick_fd;
     bool stopping; /* atomic */
-    bool armed;    /* the driver was asked to notify of the chain after armed_at */
-    uint16_t armed_at;
-    struct virtq vq;
+    struct virtq_side side;
     struct blk_io *io;
     struct virtio_blk_counters counters;
     struct slot *free;
@@ -46,7 +43,7 @@ struct virtio_blk_queue {
 
 static bool ending(const struct virtio_blk_queue *queue)
 {
-    return queue->vq.broken || queue->error || __atomic_load_n(&queue->stopping, __ATOMIC_ACQUIRE);
+    return queue->side.vq.broken || queue->error || __atomic_load_n(&queue->stopping, __ATOMIC_ACQUIRE);
 }
 
 /* --- completion --------------------------------------------------------------------------- */
@@ -69,7 +66,7 @@ static void complete(struct slot *slot, uint8_t status, uint32_t filled)
         *slot->status = status;
     if (slot->status && filled == slot->writable_data)
         filled++;
-    virtq_push(&queue->vq, slot->head, filled);
+    virtq_push(&queue->side.vq, slot->head, filled);
     count(&queue->counters.requests);
     if (status != VIRTIO_BLK_S_OK)
         count(&queue->counters.failed);
@@ -319,33 +316,17 @@ static uint32_t start(struct slot *slot, const struct virtq_chain *chain)
  * asked to notify of the next chain, a completion comes first, or the ring is broken. */
 static bool start_available(struct virtio_blk_queue *queue)
 {
-    struct virtq *vq = &queue->vq;
     uint64_t bytes = 0;
 
     while (bytes < BATCH_BYTES) {
         struct slot *slot = queue->free;
         struct virtq_chain chain;
-        enum virtq_result result;
 
         if (!slot)
             return false;
         chain.iov = slot->iov;
-        result = virtq_pop(vq, &chain);
-        if (result == VIRTQ_BROKEN)
+        if (virtq_side_pop(&queue->side, &chain, true) != VIRTQ_CHAIN)
             return false;
-        if (result == VIRTQ_EMPTY) {
-            if (queue->armed && queue->armed_at == vq->next_avail)
-                return false;
-            queue->armed = true;
-            queue->armed_at = vq->next_avail;
-            if (!virtq_enable_notify(vq))
-                return false;
-            continue;
-        }
-        if (queue->armed) {
-            queue->armed = false;
-            virtq_disable_notify(vq);
-        }
         queue->free = slot->next;
         bytes += start(slot, &chain);
     }
@@ -354,8 +335,8 @@ static bool start_available(struct virtio_blk_queue *queue)
 
 static void publish(struct virtio_blk_queue *queue)
 {
-    __atomic_store_n(&queue->counters.malformed, queue->vq.malformed, __ATOMIC_RELAXED);
-    if (virtq_publish(&queue->vq)) {
+    __atomic_store_n(&queue->counters.malformed, queue->side.vq.malformed, __ATOMIC_RELAXED);
+    if (virtq_publish(&queue->side.vq)) {
         count(&queue->counters.interrupts);
         virtio_irq_raise(queue->irq, VIRTIO_IRQ_VRING);
     }
@@ -394,7 +375,7 @@ static int serve(struct virtio_blk_queue *queue)
     publish(queue);
     if (error)
         return error;
-    if (queue->vq.broken)
+    if (queue->side.vq.broken)
         return VIRTIO_BLK_BROKEN;
     return queue->error ? VIRTIO_BLK_FAILED : VIRTIO_BLK_STOPPED;
 }
@@ -403,10 +384,10 @@ int virtio_blk_queue_run(struct virtio_blk_queue *queue)
 {
     int result;
 
-    queue->io = blk_io_create(queue->engine, queue->vq.size);
+    queue->io = blk_io_create(queue->engine, queue->side.vq.size);
     if (!queue->io)
         return -errno;
-    result = blk_io_watch(queue->io, queue->kick_fd);
+    result = blk_io_watch(queue->io, queue->side.kick_fd);
     if (result == 0)
         result = serve(queue);
     blk_io_destroy(queue->io);
@@ -417,7 +398,7 @@ int virtio_blk_queue_run(struct virtio_blk_queue *queue)
 void virtio_blk_queue_stop(struct virtio_blk_queue *queue)
 {
     __atomic_store_n(&queue->stopping, true, __ATOMIC_RELEASE);
-    eventfd_signal(queue->kick_fd);
+    eventfd_signal(queue->side.kick_fd);
 }
 
 void virtio_blk_queue_allow(struct virtio_blk_queue *queue)
@@ -427,7 +408,7 @@ void virtio_blk_queue_allow(struct virtio_blk_queue *queue)
 
 void virtio_blk_queue_wake(struct virtio_blk_queue *queue)
 {
-    eventfd_signal(queue->kick_fd);
+    eventfd_signal(queue->side.kick_fd);
 }
 
 int virtio_blk_queue_error(const struct virtio_blk_queue *queue)
@@ -451,9 +432,9 @@ struct virtio_blk_queue *virtio_blk_queue_create(struct virtio_blk_device *devic
     queue->device = device;
     queue->engine = engine;
     queue->irq = irq;
-    queue->kick_fd = kick_fd;
+    queue->side.kick_fd = kick_fd;
     queue->kept_tail = &queue->kept;
-    if (virtq_init(&queue->vq, memory, config) < 0) {
+    if (virtq_init(&queue->side.vq, memory, config) < 0) {
         free(queue);
         errno = EINVAL;
         return NULL;

@@ -42,15 +42,12 @@ struct virtio_scsi_queue {
     const struct virtio_scsi_map *map;
     enum blk_engine engine;
     struct virtio_irq *irq;
-    int kick_fd;
     uint32_t request_size;  /* of the header with its CDB */
     uint32_t response_size; /* of the header with its sense data */
     uint32_t cdb_size;
     bool stopping; /* atomic */
     bool cancelling; /* atomic: what is in flight when it stops */
-    bool armed;    /* the driver was asked to notify of the chain after armed_at */
-    uint16_t armed_at;
-    struct virtq vq;
+    struct virtq_side side;
     struct blk_io *io;
     struct scsi_worker worker;
     struct virtio_scsi_counters counters;
@@ -373,7 +370,7 @@ static void complete(struct slot *slot)
         put_response(slot, response, queue->response_size);
         filled = queue->response_size + (command->out.bytes ? 0 : command->transferred);
     }
-    virtq_push(&queue->vq, slot->head, filled);
+    virtq_push(&queue->side.vq, slot->head, filled);
     count(&queue->counters.requests);
     if (command->delivery != SCSI_DELIVERED || command->status != SCSI_GOOD)
         count(&queue->counters.failed);
@@ -525,7 +522,7 @@ static void work(struct virtio_scsi_queue *queue, struct virtio_scsi_part *part)
     part->left = 1; /* this function itself */
     part->next = queue->working;
     queue->working = part;
-    for (uint32_t i = 0; i < queue->vq.size; i++) {
+    for (uint32_t i = 0; i < queue->side.vq.size; i++) {
         struct slot *slot = &queue->slots[i];
 
         if (!is_meant(function, slot))
@@ -563,7 +560,7 @@ void virtio_scsi_post(struct virtio_scsi_function *function,
             part->next = NULL;
             __atomic_store_n(queue->posted_end, part, __ATOMIC_RELAXED);
             queue->posted_end = &part->next;
-            eventfd_signal(queue->kick_fd);
+            eventfd_signal(queue->side.kick_fd);
         } else {
             work(queue, part); /* no command is in flight */
         }
@@ -598,33 +595,17 @@ static void work_on(struct virtio_scsi_queue *queue, struct virtio_scsi_part *pa
  * asked to notify of the next chain, a completion comes first, or the ring is broken. */
 static bool start_available(struct virtio_scsi_queue *queue)
 {
-    struct virtq *vq = &queue->vq;
     uint64_t bytes = 0;
 
     while (bytes < BATCH_BYTES) {
         struct slot *slot = queue->free;
         struct virtq_chain chain;
-        enum virtq_result result;
 
         if (!slot)
             return false;
         chain.iov = slot->iov;
-        result = virtq_pop(vq, &chain);
-        if (result == VIRTQ_BROKEN)
+        if (virtq_side_pop(&queue->side, &chain, true) != VIRTQ_CHAIN)
             return false;
-        if (result == VIRTQ_EMPTY) {
-            if (queue->armed && queue->armed_at == vq->next_avail)
-                return false;
-            queue->armed = true;
-            queue->armed_at = vq->next_avail;
-            if (!virtq_enable_notify(vq))
-                return false;
-            continue;
-        }
-        if (queue->armed) {
-            queue->armed = false;
-            virtq_disable_notify(vq);
-        }
         queue->free = slot->next_free;
         bytes += start(slot, &chain);
     }
@@ -646,8 +627,8 @@ static void collect_finished(struct virtio_scsi_queue *queue)
 
 static void publish(struct virtio_scsi_queue *queue)
 {
-    __atomic_store_n(&queue->counters.malformed, queue->vq.malformed, __ATOMIC_RELAXED);
-    if (virtq_publish(&queue->vq)) {
+    __atomic_store_n(&queue->counters.malformed, queue->side.vq.malformed, __ATOMIC_RELAXED);
+    if (virtq_publish(&queue->side.vq)) {
         count(&queue->counters.interrupts);
         virtio_irq_raise(queue->irq, VIRTIO_IRQ_VRING);
     }
@@ -655,7 +636,7 @@ static void publish(struct virtio_scsi_queue *queue)
 
 static void cancel_all(struct virtio_scsi_queue *queue)
 {
-    for (uint32_t i = 0; i < queue->vq.size; i++) {
+    for (uint32_t i = 0; i < queue->side.vq.size; i++) {
         struct scsi_command *command = &queue->slots[i].command;
 
         if (!queue->slots[i].in_flight || command->cancelled)
@@ -671,10 +652,10 @@ static void cancel_all(struct virtio_scsi_queue *queue)
 static void await_others(struct virtio_scsi_queue *queue)
 {
     while (queue->in_flight > blk_io_in_flight(queue->io)) {
-        struct pollfd wake = {.fd = queue->kick_fd, .events = POLLIN};
+        struct pollfd wake = {.fd = queue->side.kick_fd, .events = POLLIN};
 
         poll(&wake, 1, -1);
-        eventfd_take(queue->kick_fd);
+        eventfd_take(queue->side.kick_fd);
         collect_finished(queue);
     }
 }
@@ -699,9 +680,9 @@ static int serve(struct virtio_scsi_queue *queue)
         work_on(queue, posted);
         collect_finished(queue);
         publish(queue);
-        error = blk_io_wait(queue->io, !more && !queue->vq.broken); /* a stop ends it, too */
-    } while (!error && !queue->vq.broken && !__atomic_load_n(&queue->stopping, __ATOMIC_ACQUIRE));
-    if (__atomic_load_n(&queue->cancelling, __ATOMIC_RELAXED) || queue->vq.broken) {
+        error = blk_io_wait(queue->io, !more && !queue->side.vq.broken); /* a stop ends it, too */
+    } while (!error && !queue->side.vq.broken && !__atomic_load_n(&queue->stopping, __ATOMIC_ACQUIRE));
+    if (__atomic_load_n(&queue->cancelling, __ATOMIC_RELAXED) || queue->side.vq.broken) {
         cancel_all(queue);
         blk_io_cancel_held(queue->io);
     }
@@ -714,7 +695,7 @@ static int serve(struct virtio_scsi_queue *queue)
     publish(queue);
     if (error)
         return error;
-    return queue->vq.broken ? VIRTIO_SCSI_BROKEN : VIRTIO_SCSI_STOPPED;
+    return queue->side.vq.broken ? VIRTIO_SCSI_BROKEN : VIRTIO_SCSI_STOPPED;
 }
 
 /* From now on functions are posted to the queue. */
@@ -731,7 +712,7 @@ static void end_running(struct virtio_scsi_queue *queue)
     pthread_mutex_lock(&queue->lock);
     queue->running = false;
     /* Only if the engine failed: nobody will end these commands, and nobody is to wait. */
-    for (uint32_t i = 0; i < queue->vq.size; i++)
+    for (uint32_t i = 0; i < queue->side.vq.size; i++)
         queue->slots[i].in_flight = false;
     while (queue->working) {
         struct virtio_scsi_part *part = queue->working;
@@ -747,11 +728,11 @@ int virtio_scsi_queue_run(struct virtio_scsi_queue *queue)
 {
     int result;
 
-    queue->io = blk_io_create(queue->engine, queue->vq.size);
+    queue->io = blk_io_create(queue->engine, queue->side.vq.size);
     if (!queue->io)
         return -errno;
     begin_running(queue);
-    result = blk_io_watch(queue->io, queue->kick_fd);
+    result = blk_io_watch(queue->io, queue->side.kick_fd);
     if (result == 0)
         result = serve(queue);
     end_running(queue);
@@ -764,19 +745,19 @@ void virtio_scsi_queue_stop(struct virtio_scsi_queue *queue, bool cancel)
 {
     __atomic_store_n(&queue->cancelling, cancel, __ATOMIC_RELAXED);
     __atomic_store_n(&queue->stopping, true, __ATOMIC_RELEASE);
-    eventfd_signal(queue->kick_fd);
+    eventfd_signal(queue->side.kick_fd);
 }
 
 void virtio_scsi_queue_wake(struct virtio_scsi_queue *queue)
 {
-    eventfd_signal(queue->kick_fd);
+    eventfd_signal(queue->side.kick_fd);
 }
 
 /* --- create and destroy ----------------------------------------------------------------------- */
 
 static void init_slots(struct virtio_scsi_queue *queue)
 {
-    uint32_t size = queue->vq.size;
+    uint32_t size = queue->side.vq.size;
 
     for (uint32_t i = size; i-- > 0;) {
         struct slot *slot = &queue->slots[i];
@@ -806,12 +787,12 @@ struct virtio_scsi_queue *virtio_scsi_queue_create(const struct virtio_scsi_map 
     queue->map = map;
     queue->engine = engine;
     queue->irq = irq;
-    queue->kick_fd = kick_fd;
+    queue->side.kick_fd = kick_fd;
     queue->posted_end = &queue->posted;
     queue->cdb_size = sizes->cdb_size;
     queue->request_size = REQUEST_HEADER + sizes->cdb_size;
     queue->response_size = RESPONSE_HEADER + sizes->sense_size;
-    if (virtq_init(&queue->vq, memory, config) < 0) {
+    if (virtq_init(&queue->side.vq, memory, config) < 0) {
         free(queue);
         errno = EINVAL;
         return NULL;
