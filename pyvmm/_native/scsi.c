@@ -386,6 +386,17 @@ const struct scsi_opcode *scsi_find(const struct scsi_opcodes *opcodes, uint32_t
     return NULL;
 }
 
+void scsi_execute_from(const struct scsi_opcodes *opcodes, struct scsi_lun *lun,
+                       struct scsi_command *command)
+{
+    const struct scsi_opcode *entry = scsi_find(opcodes, lun->abilities, command);
+
+    if (entry)
+        entry->execute(lun, command);
+    else
+        scsi_done(command);
+}
+
 static void answer_inquiry(struct scsi_lun *lun, struct scsi_command *command)
 {
     const uint8_t *cdb = command->cdb;

@@ -264,6 +264,10 @@ struct scsi_opcodes {
 const struct scsi_opcode *scsi_find(const struct scsi_opcodes *opcodes, uint32_t abilities,
                                     struct scsi_command *command);
 
+/* Executes the command, or ends it with the sense data of what is wrong with its CDB. */
+void scsi_execute_from(const struct scsi_opcodes *opcodes, struct scsi_lun *lun,
+                       struct scsi_command *command);
+
 /* INQUIRY (SPC-4, 6.6), answered from the pages of the logical unit; it is also done. */
 void scsi_inquiry(struct scsi_lun *lun, struct scsi_command *command);
 

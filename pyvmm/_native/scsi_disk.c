@@ -754,12 +754,7 @@ const struct scsi_opcodes *scsi_disk_opcodes(void)
 
 static void execute(struct scsi_lun *lun, struct scsi_command *command)
 {
-    const struct scsi_opcode *entry = scsi_find(&all_opcodes, lun->abilities, command);
-
-    if (entry)
-        entry->execute(lun, command);
-    else
-        scsi_done(command);
+    scsi_execute_from(&all_opcodes, lun, command);
 }
 
 static void reset(struct scsi_lun *lun)
