@@ -122,6 +122,7 @@ class _Lib:
     NET_FRAMING_TAP: int
     NET_FRAMING_PACKET: int
     NET_FRAMING_STREAM: int
+    NET_FRAMING_CALLS: int
     NET_OFFLOAD_CSUM: int
     NET_OFFLOAD_TSO4: int
     NET_OFFLOAD_TSO6: int

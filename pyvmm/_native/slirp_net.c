@@ -2,34 +2,26 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
-#include <linux/virtio_net.h>
 #include <net/ethernet.h>
-#include <poll.h>
 #include <slirp/libslirp.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "worker.h"
-
-#define HEADER sizeof(struct virtio_net_hdr_v1)
 /* An Ethernet header and the longest IP packet there is. */
 #define FRAME_MAX (ETH_HLEN + 65535)
 
-/* So many frames of the guest are taken at a time. */
-#define BATCH 16
-
-/* Small frames for the guest are collected for one system call; a large one is sent as it is, since
- * copying it costs more than a call. */
-#define COLLECT_MAX 2048
-#define COLLECT_FRAMES 64
 /* The queue of frames that the guest has no room for. One event of a socket brings at most the send
- * buffer of one connection, 128 KiB, and no further event is taken before the queue is empty. */
+ * buffer of one connection, 128 KiB, and no further event is taken before the queue is empty; but a
+ * tick of the stack's clock may have it send a segment of each connection again. */
 #define QUEUE_FRAMES 1024
-#define QUEUE_BYTES (1024 * 1024)
+#define QUEUE_BYTES (4u << 20)
+
+/* More than a DHCP message takes. */
+#define DHCP_MAX 1500
 
 /* A forwarded port's backlog; libslirp's own, of 1, makes clients that come together wait for
  * retransmissions. */
@@ -42,35 +34,48 @@ struct timer {
     int64_t expires; /* ms; INT64_MAX: not set */
 };
 
-struct slirp_net {
-    Slirp *slirp;
+/* A socket that the stack wants to be polled. */
+struct wanted {
     int fd;
-    int stop_fd;
+    uint32_t events; /* EPOLL... */
+    uint32_t ready;
+};
+
+/* What is known of a descriptor. */
+struct watch {
+    bool added;      /* to the epoll set */
+    uint32_t events; /* there */
+    int index;       /* in `wanted`, or -1 */
+};
+
+struct slirp_net {
+    struct net_engine engine;
+    Slirp *slirp;
     uint16_t mtu;
     struct timer *timers;
     struct slirp_net_counters counters;
 
-    struct pollfd *pollfds; /* stop_fd, fd, and then those of the stack */
-    int pollfd_count, pollfd_capacity;
+    int epoll_fd;
+    net_deliver deliver;
+    void *deliver_to;
+
+    /* By descriptor. The set in the kernel is changed only where it differs from what is wanted. */
+    struct watch *watches;
+    int watch_count;
+    /* In the order in which the stack asked: now, and the time before. */
+    struct wanted *wanted, *earlier;
+    int wanted_count, wanted_capacity, earlier_count, earlier_capacity;
     /* Sockets get their turn by index. A full queue ends a round early, at `cut` (or -1); the next
      * one then starts there, at `first`, so that no socket is always the one that is left out. */
     int first, cut;
 
-    /* From the guest: taken off the socket, the first `next` of them already fed to the stack. */
-    int received, next;
-    struct mmsghdr in[BATCH];
-    struct iovec in_iov[BATCH][2];
-    struct virtio_net_hdr_v1 in_header;
-    uint8_t (*in_frames)[FRAME_MAX];
+    uint8_t in[FRAME_MAX]; /* a frame of the guest, out of its reach */
 
-    /* To the guest. `blocked`: its socket is full. */
-    bool blocked;
-    struct virtio_net_hdr_v1 out_header;
-    int queued, sent; /* frames in `out`, and those of them that are on their way */
+    /* To the guest: frames for which it had no room. */
+    int queued, sent;
     size_t queue_bytes;
-    struct mmsghdr out[QUEUE_FRAMES];
-    struct iovec out_iov[QUEUE_FRAMES][2];
-    uint8_t *queue;
+    struct iovec queue[QUEUE_FRAMES];
+    uint8_t *queue_memory;
 };
 
 static int64_t now_ns(void *opaque)
@@ -89,36 +94,29 @@ static int64_t now_ms(void)
 
 /* To the guest */
 
-static bool is_full(int error)
+static bool is_blocked(const struct slirp_net *net)
 {
-    /* ENOBUFS: the kernel is short of memory, which is over as suddenly. */
-    return error == EAGAIN || error == ENOBUFS;
+    return net->queued > 0;
 }
 
 static void flush(struct slirp_net *net)
 {
     while (net->sent < net->queued) {
-        int count = sendmmsg(net->fd, net->out + net->sent, (unsigned)(net->queued - net->sent),
-                             MSG_DONTWAIT | MSG_NOSIGNAL);
-        if (count < 0 && errno == EINTR)
-            continue;
-        if (count < 0) {
-            net->blocked = is_full(errno);
-            if (net->blocked)
-                return;
-            break; /* nobody is there any more */
-        }
-        net->sent += count;
+        const struct iovec *frame = &net->queue[net->sent];
+
+        if (!net->deliver(net->deliver_to, frame->iov_base, frame->iov_len))
+            return;
+        net->sent++;
     }
-    net->blocked = false;
     net->queued = net->sent = 0;
     net->queue_bytes = 0;
 }
 
 /* libslirp's DHCP server has no option for the MTU, which guests without VIRTIO_NET_F_MTU learn of
  * in no other way: put in behind those that it gives, into the padding of the message (RFC 2131,
- * 2132). `frame` is one of the stack's, in the queue. */
-static void add_dhcp_mtu(const struct slirp_net *net, uint8_t *frame, size_t size)
+ * 2132). Returns the frame to send, which is `frame` itself if that is no answer of the server. */
+static const void *add_dhcp_mtu(const struct slirp_net *net, const uint8_t *frame, size_t size,
+                                uint8_t changed[DHCP_MAX])
 {
     enum { IP = ETH_HLEN, UDP = IP + 20, OPTIONS = UDP + 8 + 240 };
     enum { OPTION_PAD = 0, OPTION_MTU = 26, OPTION_END = 255 };
@@ -126,15 +124,18 @@ static void add_dhcp_mtu(const struct slirp_net *net, uint8_t *frame, size_t siz
     const uint8_t option[] = {OPTION_MTU, 2, net->mtu >> 8, net->mtu & 0xff, OPTION_END};
     size_t at = OPTIONS;
 
-    if (size < OPTIONS || frame[12] != 0x08 || frame[13] != 0x00 || frame[IP] != 0x45 ||
-        frame[IP + 9] != IPPROTO_UDP || memcmp(frame + UDP, server_port, sizeof(server_port)) != 0)
-        return;
+    if (size < OPTIONS || size > DHCP_MAX || frame[12] != 0x08 || frame[13] != 0x00 ||
+        frame[IP] != 0x45 || frame[IP + 9] != IPPROTO_UDP ||
+        memcmp(frame + UDP, server_port, sizeof(server_port)) != 0)
+        return frame;
     while (at + 1 < size && frame[at] != OPTION_END)
         at += frame[at] == OPTION_PAD ? 1 : 2u + frame[at + 1];
     if (at + sizeof(option) > size)
-        return;
-    memcpy(frame + at, option, sizeof(option));
-    memset(frame + UDP + 6, 0, 2); /* the checksum: none (RFC 768) */
+        return frame;
+    memcpy(changed, frame, size);
+    memcpy(changed + at, option, sizeof(option));
+    memset(changed + UDP + 6, 0, 2); /* the checksum: none (RFC 768) */
+    return changed;
 }
 
 static void enqueue(struct slirp_net *net, const void *frame, size_t size)
@@ -143,68 +144,54 @@ static void enqueue(struct slirp_net *net, const void *frame, size_t size)
         net->counters.dropped++;
         return;
     }
-    uint8_t *place = net->queue + net->queue_bytes;
+    uint8_t *place = net->queue_memory + net->queue_bytes;
     memcpy(place, frame, size);
-    add_dhcp_mtu(net, place, size);
     net->queue_bytes += size;
-    net->out_iov[net->queued++][1] = (struct iovec){place, size};
+    net->queue[net->queued++] = (struct iovec){place, size};
 }
 
 static ssize_t send_packet(const void *frame, size_t size, void *opaque)
 {
     struct slirp_net *net = opaque;
+    uint8_t changed[DHCP_MAX];
 
     net->counters.to_guest++;
-    if (size > COLLECT_MAX && !net->blocked) {
-        struct iovec iov[2] = {
-            {&net->out_header, HEADER},
-            {(void *)frame, size},
-        };
-        struct msghdr message = {.msg_iov = iov, .msg_iovlen = 2};
-        flush(net);
-        if (!net->blocked) {
-            if (sendmsg(net->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0 || !is_full(errno))
-                return (ssize_t)size;
-            net->blocked = true;
-        }
-    }
-    enqueue(net, frame, size);
-    if (!net->blocked && net->queued >= COLLECT_FRAMES)
-        flush(net);
+    frame = add_dhcp_mtu(net, frame, size, changed);
+    if (is_blocked(net) || !net->deliver(net->deliver_to, frame, size))
+        enqueue(net, frame, size);
     return (ssize_t)size;
 }
 
 /* From the guest */
 
-static void receive(struct slirp_net *net)
+static bool is_acceptable(const uint8_t *frame)
 {
-    int count = recvmmsg(net->fd, net->in, BATCH, MSG_DONTWAIT, NULL);
-
-    net->next = 0;
-    net->received = count < 0 ? 0 : count;
-}
-
-static bool is_acceptable(const struct mmsghdr *message, const uint8_t *frame)
-{
-    if ((message->msg_hdr.msg_flags & MSG_TRUNC) || message->msg_len < HEADER + ETH_HLEN)
-        return false;
     uint16_t type = (uint16_t)(frame[12] << 8 | frame[13]);
     return type == ETHERTYPE_ARP || type == ETHERTYPE_IP || type == ETHERTYPE_IPV6;
 }
 
-static void feed(struct slirp_net *net)
+static bool take(struct net_engine *engine, const struct iovec *iov, uint32_t count,
+                 uint32_t bytes)
 {
-    while (net->next < net->received && !net->blocked) {
-        const struct mmsghdr *message = &net->in[net->next];
-        const uint8_t *frame = net->in_frames[net->next];
+    struct slirp_net *net = (struct slirp_net *)engine;
+    uint8_t *end = net->in;
 
-        net->next++;
-        net->counters.from_guest++;
-        if (is_acceptable(message, frame))
-            slirp_input(net->slirp, frame, (int)(message->msg_len - HEADER));
-        else
-            net->counters.malformed++;
+    if (is_blocked(net))
+        return false;
+    net->counters.from_guest++;
+    if (bytes < ETH_HLEN || bytes > FRAME_MAX) {
+        net->counters.malformed++;
+        return true;
     }
+    for (uint32_t i = 0; i < count; i++) {
+        memcpy(end, iov[i].iov_base, iov[i].iov_len);
+        end += iov[i].iov_len;
+    }
+    if (is_acceptable(net->in))
+        slirp_input(net->slirp, net->in, (int)bytes);
+    else
+        net->counters.malformed++;
+    return true;
 }
 
 /* The stack's timers and sockets */
@@ -273,9 +260,13 @@ static void guest_error(const char *message, void *opaque)
     (void)message, (void)opaque; /* a guest does not get to fill the terminal */
 }
 
-static void ignore_fd(int fd, void *opaque)
+/* A new descriptor, or one that is about to be closed: the kernel forgets it by itself. */
+static void forget_fd(int fd, void *opaque)
 {
-    (void)fd, (void)opaque; /* the set is made anew before each poll */
+    struct slirp_net *net = opaque;
+
+    if (fd >= 0 && fd < net->watch_count)
+        net->watches[fd] = (struct watch){.index = -1};
 }
 
 static void ignore_notify(void *opaque)
@@ -290,39 +281,39 @@ static const SlirpCb callbacks = {
     .timer_new = timer_new,
     .timer_free = timer_free,
     .timer_mod = timer_mod,
-    .register_poll_fd = ignore_fd,
-    .unregister_poll_fd = ignore_fd,
+    .register_poll_fd = forget_fd,
+    .unregister_poll_fd = forget_fd,
     .notify = ignore_notify,
 };
 
 static const struct {
     int slirp;
-    short poll;
+    uint32_t epoll;
 } event_bits[] = {
-    {SLIRP_POLL_IN, POLLIN},   {SLIRP_POLL_OUT, POLLOUT}, {SLIRP_POLL_PRI, POLLPRI},
-    {SLIRP_POLL_ERR, POLLERR}, {SLIRP_POLL_HUP, POLLHUP},
+    {SLIRP_POLL_IN, EPOLLIN},   {SLIRP_POLL_OUT, EPOLLOUT}, {SLIRP_POLL_PRI, EPOLLPRI},
+    {SLIRP_POLL_ERR, EPOLLERR}, {SLIRP_POLL_HUP, EPOLLHUP},
 };
 #define EVENT_BITS (sizeof(event_bits) / sizeof(event_bits[0]))
 
 static int add_poll(int fd, int events, void *opaque)
 {
     struct slirp_net *net = opaque;
-    short poll_events = 0;
+    uint32_t epoll_events = 0;
 
-    if (net->pollfd_count == net->pollfd_capacity) {
-        int capacity = net->pollfd_capacity * 2;
-        struct pollfd *larger = realloc(net->pollfds, (size_t)capacity * sizeof(*larger));
+    if (net->wanted_count == net->wanted_capacity) {
+        int capacity = net->wanted_capacity ? net->wanted_capacity * 2 : 64;
+        struct wanted *larger = realloc(net->wanted, (size_t)capacity * sizeof(*larger));
         if (!larger)
-            return -1; /* the socket has to wait */
-        net->pollfds = larger;
-        net->pollfd_capacity = capacity;
+            abort();
+        net->wanted = larger;
+        net->wanted_capacity = capacity;
     }
     for (size_t i = 0; i < EVENT_BITS; i++) {
         if (events & event_bits[i].slirp)
-            poll_events |= event_bits[i].poll;
+            epoll_events |= event_bits[i].epoll;
     }
-    net->pollfds[net->pollfd_count] = (struct pollfd){.fd = fd, .events = poll_events};
-    return net->pollfd_count++;
+    net->wanted[net->wanted_count] = (struct wanted){.fd = fd, .events = epoll_events};
+    return net->wanted_count++;
 }
 
 static int get_revents(int index, void *opaque)
@@ -330,100 +321,158 @@ static int get_revents(int index, void *opaque)
     struct slirp_net *net = opaque;
     int events = 0;
 
-    if (net->blocked) {
+    if (is_blocked(net)) {
         if (net->cut < 0)
             net->cut = index;
         return 0; /* it will still be ready when there is room */
     }
-    if (index < net->first)
+    if (index < net->first || index >= net->wanted_count)
         return 0;
     for (size_t i = 0; i < EVENT_BITS; i++) {
-        if (net->pollfds[index].revents & event_bits[i].poll)
+        if (net->wanted[index].ready & event_bits[i].epoll)
             events |= event_bits[i].slirp;
     }
     return events;
 }
 
-static void serve_sockets(struct slirp_net *net, bool poll_failed)
-{
-    net->cut = -1;
-    slirp_pollfds_poll(net->slirp, poll_failed, get_revents, net);
-    net->first = net->cut < 0 ? 0 : net->cut;
-    run_timers(net);
-    flush(net);
-}
-
-enum { STOP, GUEST, OURS };
-
-int slirp_net_run(struct slirp_net *net)
-{
-    for (;;) {
-        uint32_t stack_wants = UINT32_MAX;
-        short guest_events = POLLIN;
-        bool waiting = net->blocked;
-
-        net->pollfd_count = OURS;
-        if (waiting)
-            guest_events = POLLOUT;
-        else
-            slirp_pollfds_fill(net->slirp, &stack_wants, add_poll, net);
-        net->pollfds[STOP] = (struct pollfd){.fd = net->stop_fd, .events = POLLIN};
-        net->pollfds[GUEST] = (struct pollfd){.fd = net->fd, .events = guest_events};
-
-        int ready = poll(net->pollfds, (nfds_t)net->pollfd_count,
-                         waiting ? -1 : timeout_ms(net, stack_wants));
-        if (ready < 0) {
-            if (errno == EINTR)
-                continue;
-            return -errno;
-        }
-        if (net->pollfds[STOP].revents) {
-            eventfd_take(net->stop_fd);
-            return 0;
-        }
-        if (net->pollfds[GUEST].revents & POLLHUP)
-            return 0;
-        if (waiting) {
-            flush(net);
-            feed(net);
-            flush(net);
-            continue;
-        }
-        if (net->pollfds[GUEST].revents & POLLIN) {
-            receive(net);
-            feed(net);
-            flush(net);
-        }
-        if (!net->blocked)
-            serve_sockets(net, ready < 0);
-    }
-}
-
-void slirp_net_stop(struct slirp_net *net)
-{
-    eventfd_signal(net->stop_fd);
-}
-
-void slirp_net_set_checked(struct slirp_net *net, bool checked)
-{
-    uint8_t flags = checked ? VIRTIO_NET_HDR_F_DATA_VALID : 0;
-    __atomic_store_n(&net->out_header.flags, flags, __ATOMIC_RELAXED);
-}
-
-/* The socket of the port that was forwarded last, which libslirp does not tell: of those that the
- * stack polls, the one that `known` has not. */
-static int newest_socket(struct slirp_net *net, const struct pollfd *known, int known_count)
+/* Asks the stack what it wants to be polled. */
+static uint32_t fill_wanted(struct slirp_net *net)
 {
     uint32_t timeout = UINT32_MAX;
 
-    net->pollfd_count = 0;
+    net->wanted_count = 0;
     slirp_pollfds_fill(net->slirp, &timeout, add_poll, net);
-    for (int i = 0; i < net->pollfd_count; i++) {
+    return timeout;
+}
+
+static struct watch *watch_of(struct slirp_net *net, int fd)
+{
+    if (fd >= net->watch_count) {
+        int count = fd + 64;
+        struct watch *larger = realloc(net->watches, (size_t)count * sizeof(*larger));
+        if (!larger)
+            abort(); /* as the stack does when it has no memory */
+        for (int i = net->watch_count; i < count; i++)
+            larger[i] = (struct watch){.index = -1};
+        net->watches = larger;
+        net->watch_count = count;
+    }
+    return &net->watches[fd];
+}
+
+static void set_events(struct slirp_net *net, int fd, uint32_t events)
+{
+    struct watch *watch = &net->watches[fd];
+    /* Without any, errors would still be told, again and again: EPOLLET makes that once. */
+    struct epoll_event event = {.events = events ? events : (uint32_t)EPOLLET,
+                                .data.u64 = NET_ENGINE_EVENT(fd)};
+
+    if (watch->added && watch->events == events)
+        return;
+    if (epoll_ctl(net->epoll_fd, watch->added ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &event) == 0) {
+        watch->added = true;
+        watch->events = events;
+    }
+}
+
+/* The engine */
+
+static void attach(struct net_engine *engine, int epoll_fd, net_deliver deliver, void *opaque)
+{
+    struct slirp_net *net = (struct slirp_net *)engine;
+
+    net->epoll_fd = epoll_fd;
+    net->deliver = deliver;
+    net->deliver_to = opaque;
+    net->wanted_count = net->earlier_count = 0;
+    for (int fd = 0; fd < net->watch_count; fd++)
+        net->watches[fd] = (struct watch){.index = -1};
+}
+
+static bool deliver_later(void *opaque, const void *frame, size_t size)
+{
+    (void)opaque, (void)frame, (void)size;
+    return false;
+}
+
+static void detach(struct net_engine *engine)
+{
+    struct slirp_net *net = (struct slirp_net *)engine;
+
+    net->deliver = deliver_later;
+}
+
+static int prepare(struct net_engine *engine)
+{
+    struct slirp_net *net = (struct slirp_net *)engine;
+    struct wanted *earlier = net->wanted;
+    int capacity = net->wanted_capacity, timeout = -1;
+
+    net->wanted = net->earlier;
+    net->wanted_capacity = net->earlier_capacity;
+    net->earlier = earlier;
+    net->earlier_capacity = capacity;
+    net->earlier_count = net->wanted_count;
+    for (int i = 0; i < net->earlier_count; i++)
+        watch_of(net, net->earlier[i].fd)->index = -1;
+
+    net->wanted_count = 0;
+    if (!is_blocked(net))
+        timeout = timeout_ms(net, fill_wanted(net));
+    for (int i = 0; i < net->wanted_count; i++) {
+        struct wanted *wanted = &net->wanted[i];
+
+        watch_of(net, wanted->fd)->index = i;
+        set_events(net, wanted->fd, wanted->events);
+    }
+    for (int i = 0; i < net->earlier_count; i++) {
+        int fd = net->earlier[i].fd;
+
+        if (net->watches[fd].index < 0 && net->watches[fd].added)
+            set_events(net, fd, 0);
+    }
+    return timeout;
+}
+
+static void ready(struct net_engine *engine, int fd, uint32_t events)
+{
+    struct slirp_net *net = (struct slirp_net *)engine;
+
+    if (fd < net->watch_count && net->watches[fd].index >= 0)
+        net->wanted[net->watches[fd].index].ready = events;
+}
+
+static void serve(struct net_engine *engine)
+{
+    struct slirp_net *net = (struct slirp_net *)engine;
+
+    flush(net);
+    if (is_blocked(net))
+        return;
+    net->cut = -1;
+    slirp_pollfds_poll(net->slirp, false, get_revents, net);
+    net->first = net->cut < 0 ? 0 : net->cut;
+    run_timers(net);
+}
+
+struct net_engine *slirp_net_engine(struct slirp_net *net)
+{
+    return &net->engine;
+}
+
+/* Forwarded ports */
+
+/* The socket of the port that was forwarded last, which libslirp does not tell: of those that the
+ * stack polls, the one that `known` has not. */
+static int newest_socket(struct slirp_net *net, const struct wanted *known, int known_count)
+{
+    fill_wanted(net);
+    for (int i = 0; i < net->wanted_count; i++) {
         int j = 0;
-        while (j < known_count && known[j].fd != net->pollfds[i].fd)
+        while (j < known_count && known[j].fd != net->wanted[i].fd)
             j++;
         if (j == known_count)
-            return net->pollfds[i].fd;
+            return net->wanted[i].fd;
     }
     return -1;
 }
@@ -434,15 +483,14 @@ int slirp_net_forward(struct slirp_net *net, bool udp, uint32_t host, uint16_t h
     struct in_addr host_addr = {htonl(host)}, guest_addr = {htonl(guest)};
     struct sockaddr_in bound;
     socklen_t size = sizeof(bound);
-    uint32_t timeout = UINT32_MAX;
 
-    net->pollfd_count = 0;
-    slirp_pollfds_fill(net->slirp, &timeout, add_poll, net);
-    int known_count = net->pollfd_count;
-    struct pollfd *known = malloc((size_t)(known_count + 1) * sizeof(*known));
+    fill_wanted(net);
+    int known_count = net->wanted_count;
+    struct wanted *known = malloc((size_t)(known_count + 1) * sizeof(*known));
     if (!known)
         return -ENOMEM;
-    memcpy(known, net->pollfds, (size_t)known_count * sizeof(*known));
+    if (known_count > 0)
+        memcpy(known, net->wanted, (size_t)known_count * sizeof(*known));
 
     int result = 0;
     errno = 0;
@@ -460,30 +508,27 @@ int slirp_net_forward(struct slirp_net *net, bool udp, uint32_t host, uint16_t h
     return result;
 }
 
-struct slirp_net *slirp_net_create(const struct slirp_net_config *config, int fd)
+/* Create and destroy */
+
+struct slirp_net *slirp_net_create(const struct slirp_net_config *config)
 {
     struct slirp_net *net = calloc(1, sizeof(*net));
 
     if (!net)
         return NULL;
-    net->fd = fd;
+    net->engine = (struct net_engine){
+        .attach = attach,
+        .detach = detach,
+        .take = take,
+        .prepare = prepare,
+        .ready = ready,
+        .serve = serve,
+    };
     net->mtu = config->mtu;
-    net->pollfd_capacity = 64;
-    net->pollfds = malloc((size_t)net->pollfd_capacity * sizeof(*net->pollfds));
-    net->in_frames = malloc(BATCH * sizeof(*net->in_frames));
-    net->queue = malloc(QUEUE_BYTES);
-    net->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (!net->pollfds || !net->in_frames || !net->queue || net->stop_fd < 0)
+    net->deliver = deliver_later;
+    net->queue_memory = malloc(QUEUE_BYTES);
+    if (!net->queue_memory)
         goto failed;
-    for (int i = 0; i < BATCH; i++) {
-        net->in_iov[i][0] = (struct iovec){&net->in_header, HEADER};
-        net->in_iov[i][1] = (struct iovec){net->in_frames[i], FRAME_MAX};
-        net->in[i].msg_hdr = (struct msghdr){.msg_iov = net->in_iov[i], .msg_iovlen = 2};
-    }
-    for (int i = 0; i < QUEUE_FRAMES; i++) {
-        net->out_iov[i][0] = (struct iovec){&net->out_header, HEADER};
-        net->out[i].msg_hdr = (struct msghdr){.msg_iov = net->out_iov[i], .msg_iovlen = 2};
-    }
 
     SlirpConfig slirp_config = {
         .version = 1,
@@ -523,11 +568,10 @@ void slirp_net_destroy(struct slirp_net *net)
         return;
     if (net->slirp)
         slirp_cleanup(net->slirp);
-    if (net->stop_fd >= 0)
-        close(net->stop_fd);
-    free(net->queue);
-    free(net->in_frames);
-    free(net->pollfds);
+    free(net->queue_memory);
+    free(net->earlier);
+    free(net->wanted);
+    free(net->watches);
     free(net);
 }
 

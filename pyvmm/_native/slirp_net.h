@@ -1,9 +1,8 @@
 /* User-mode networking: libslirp, a TCP/IP stack inside this process, takes the Ethernet frames of
  * one guest and speaks for it through ordinary sockets of the host. No root, no device.
  *
- * Frames travel over a SOCK_SEQPACKET socket, one a message, each behind a struct
- * virtio_net_hdr_v1 (virtio 1.2, 5.1.6). The stack and all its connections belong to the one
- * thread inside slirp_net_run.
+ * The stack is an engine (net_port.h): it runs on the thread of the guest's queues, which it takes
+ * frames from and gives frames to without anybody in between.
  *
  * While frames wait for the guest the stack stands still: it takes no frame, reads no socket and
  * runs no timer. So memory is bounded, TCP's own flow control reaches the peers, and a guest that
@@ -13,6 +12,8 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+
+#include "net_port.h"
 
 /* What libslirp can do; its interface has limits of its own beside those of IP. */
 #define SLIRP_NET_MTU_MIN 576
@@ -36,32 +37,26 @@ struct slirp_net_config {
 struct slirp_net_counters {
     uint64_t from_guest; /* frames */
     uint64_t to_guest;
-    uint64_t malformed; /* from the guest, dropped: too short, too long, neither ARP nor IP */
+    uint64_t malformed; /* from the guest, dropped: neither ARP nor IP */
     uint64_t dropped;   /* to the guest: more than the bounded queue holds */
 };
 
 struct slirp_net;
 
-/* `fd` is one end of a non-blocking socket pair and stays the caller's; `config` is copied.
- * NULL with errno set on failure. Not to be called by two threads at once. */
-struct slirp_net *slirp_net_create(const struct slirp_net_config *config, int fd);
+/* `config` is copied. NULL with errno set on failure. Neither is to be called by two threads at once,
+ * nor destroy while the engine is attached. */
+struct slirp_net *slirp_net_create(const struct slirp_net_config *config);
 void slirp_net_destroy(struct slirp_net *net);
 
 /* Connections to (datagrams for) a port of the host go to one of the guest, `guest` 0 meaning the
  * address that DHCP gives. Port 0 of the host lets the kernel choose. Returns the port, or -errno.
- * Only while slirp_net_run does not run. */
+ * Not while the engine is attached. */
 int slirp_net_forward(struct slirp_net *net, bool udp, uint32_t host, uint16_t host_port,
                       uint32_t guest, uint16_t guest_port);
 
-/* Serves the guest until slirp_net_stop, or until the other end of the socket is closed. 0 or
- * -errno. */
-int slirp_net_run(struct slirp_net *net);
-void slirp_net_stop(struct slirp_net *net);
+struct net_engine *slirp_net_engine(struct slirp_net *net);
 
-/* Whether frames for the guest are marked as those whose checksums need no verifying
- * (VIRTIO_NET_HDR_F_DATA_VALID, 5.1.6.4), which holds for all that the stack makes. Any thread. */
-void slirp_net_set_checked(struct slirp_net *net, bool checked);
-
+/* Any thread. */
 struct slirp_net_counters slirp_net_counters(const struct slirp_net *net);
 
 #endif

@@ -20,11 +20,15 @@
 #define HEADER_SIZE 12u /* struct virtio_net_hdr_v1 */
 _Static_assert(sizeof(struct virtio_net_hdr_v1) == HEADER_SIZE, "5.1.6");
 
+/* What an event is of; the data of others are the engine's. */
+#define EVENT_KICK 0u
+#define EVENT_PORT 1u
+#define EVENTS_PER_WAIT 16
+
 #define MIN_FRAME 14u
 #define MAX_FRAME VIRTIO_NET_MAX_FRAME
 /* What is read of a frame at most, header included: one that fills it is too long. */
 #define READ_LIMIT (HEADER_SIZE + MAX_FRAME + 1u)
-
 
 /* One turn of a direction: bounds how long the other one waits, and the driver for what is done. */
 #define TX_BATCH 32u
@@ -592,6 +596,33 @@ static void leave_stream(struct virtio_net_pair *pair)
     }
 }
 
+/* A frame of the engine, for which the buffers are taken when its size is known: net_deliver. */
+static bool deliver_frame(void *opaque, const void *frame, size_t size)
+{
+    struct virtio_net_pair *pair = opaque;
+    struct virtio_net_device *device = pair->device;
+    struct rx *rx = &pair->rx;
+    struct virtio_net_hdr_v1 header = {.flags = VIRTIO_NET_HDR_F_DATA_VALID};
+    uint32_t total = HEADER_SIZE + (uint32_t)size;
+
+    if (!link_up(pair) || !net_filter_accepts(&device->filter, frame, (uint32_t)size)) {
+        add(&pair->counters.rx_filtered, 1);
+        return true;
+    }
+    if (!fill_stock(rx, device->mergeable ? total : 1, true) && !stock_is_all(rx))
+        return false;
+    offer(pair, total);
+    if (rx->room < total) {
+        drop_frame(pair, &pair->counters.rx_dropped);
+        return true;
+    }
+    check_header(&header, __atomic_load_n(&device->rx_offloads, __ATOMIC_RELAXED), (uint32_t)size);
+    rx->total = total;
+    copy_in(&rx->iov[rx->first_iov], HEADER_SIZE, frame, (uint32_t)size);
+    deliver(pair, &header);
+    return true;
+}
+
 /* True when there may be more. */
 static bool serve_rx(struct virtio_net_pair *pair)
 {
@@ -646,7 +677,7 @@ static void frame_done(struct virtio_net_pair *pair, bool error)
 /* After a write that failed. False when the rest has to wait. */
 static bool write_failed(struct virtio_net_pair *pair)
 {
-    struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET, .data.u32 = 1};
+    struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET, .data.u64 = EVENT_PORT};
 
     if (errno == EINTR)
         return true;
@@ -749,6 +780,21 @@ static bool send_stream(struct virtio_net_pair *pair)
     return true;
 }
 
+static bool hand_over(struct virtio_net_pair *pair)
+{
+    struct tx *tx = &pair->tx;
+    struct tx_frame *frame = &tx->frames[tx->next];
+    struct net_engine *engine = pair->device->engine;
+
+    if (!engine->take(engine, &tx->iov[frame->iov + 1], frame->iov_count - 1u,
+                      frame->frame_bytes)) {
+        add(&pair->counters.tx_waits, 1);
+        return false;
+    }
+    frame_done(pair, false);
+    return true;
+}
+
 /* Hands the waiting frames to the port. False when it is full. */
 static bool flush(struct virtio_net_pair *pair)
 {
@@ -767,6 +813,8 @@ static bool flush(struct virtio_net_pair *pair)
             go_on = write_frame(pair);
         else if (pair->device->framing == NET_FRAMING_PACKET)
             go_on = send_messages(pair);
+        else if (pair->device->framing == NET_FRAMING_CALLS)
+            go_on = hand_over(pair);
         else
             go_on = send_stream(pair);
         if (!go_on)
@@ -869,40 +917,53 @@ static void publish(struct virtio_net_pair *pair)
     }
 }
 
+/* The port has news. */
+static void port_ready(struct virtio_net_pair *pair, uint32_t events)
+{
+    if (events & ~(uint32_t)EPOLLOUT)
+        pair->readable = true;
+    if (pair->device->framing == NET_FRAMING_TAP && (events & EPOLLERR))
+        pair->gone = true; /* the interface was deleted */
+    if ((events & EPOLLOUT) && pair->blocked) {
+        struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u64 = EVENT_PORT};
+
+        pair->blocked = false;
+        epoll_ctl(pair->epoll_fd, EPOLL_CTL_MOD, pair->fd, &event);
+    }
+}
+
 /* Looks for news; with `block`, until there is some. Edges, so that neither notifications have to
  * be read nor a port that has frames for which the driver has no buffers wakes us. */
 static int wait_for_news(struct virtio_net_pair *pair, bool block)
 {
-    struct epoll_event events[3];
-    int count = epoll_wait(pair->epoll_fd, events, 3, block ? -1 : 0);
+    struct epoll_event events[EVENTS_PER_WAIT];
+    struct net_engine *engine = pair->device->engine;
+    int timeout = engine ? engine->prepare(engine) : -1;
+    int count = epoll_wait(pair->epoll_fd, events, EVENTS_PER_WAIT, block ? timeout : 0);
 
     if (count < 0)
         return errno == EINTR ? 0 : -errno;
     for (int i = 0; i < count; i++) {
-        if (!events[i].data.u32)
-            continue; /* a notification */
-        if (events[i].events & ~(uint32_t)EPOLLOUT)
-            pair->readable = true;
-        if (pair->device->framing == NET_FRAMING_TAP && (events[i].events & EPOLLERR))
-            pair->gone = true; /* the interface was deleted */
-        if ((events[i].events & EPOLLOUT) && pair->blocked) {
-            struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u32 = 1};
-
-            pair->blocked = false;
-            epoll_ctl(pair->epoll_fd, EPOLL_CTL_MOD, pair->fd, &event);
-        }
+        if (events[i].data.u64 == EVENT_PORT)
+            port_ready(pair, events[i].events);
+        else if (events[i].data.u64 != EVENT_KICK)
+            engine->ready(engine, (int)(events[i].data.u64 >> 32), events[i].events);
     }
     return 0;
 }
 
 static int serve(struct virtio_net_pair *pair)
 {
+    struct net_engine *engine = pair->device->engine;
     bool more;
     int error;
 
     do {
+        if (engine)
+            engine->serve(engine); /* first: it takes nothing before it has got rid of its own */
         more = serve_tx(pair);
-        more |= serve_rx(pair);
+        if (!engine)
+            more |= serve_rx(pair);
         publish(pair);
         if (pair->rx.side.vq.broken || pair->tx.side.vq.broken)
             return VIRTIO_NET_BROKEN;
@@ -915,15 +976,16 @@ static int serve(struct virtio_net_pair *pair)
     return error ? error : VIRTIO_NET_STOPPED;
 }
 
-static int watch(struct virtio_net_pair *pair, int fd, uint32_t is_port)
+static int watch(struct virtio_net_pair *pair, int fd, uint64_t event_of)
 {
-    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u32 = is_port};
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u64 = event_of};
 
     return epoll_ctl(pair->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
 }
 
 int virtio_net_pair_run(struct virtio_net_pair *pair)
 {
+    struct net_engine *engine = pair->device->engine;
     int result;
 
     pair->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
@@ -931,13 +993,17 @@ int virtio_net_pair_run(struct virtio_net_pair *pair)
         return -errno;
     pair->readable = true;
     pair->blocked = false;
-    result = watch(pair, pair->rx.side.kick_fd, 0);
+    if (engine)
+        engine->attach(engine, pair->epoll_fd, deliver_frame, pair);
+    result = watch(pair, pair->rx.side.kick_fd, EVENT_KICK);
     if (!result)
-        result = watch(pair, pair->tx.side.kick_fd, 0);
-    if (!result && !pair->gone)
-        result = watch(pair, pair->fd, 1);
+        result = watch(pair, pair->tx.side.kick_fd, EVENT_KICK);
+    if (!result && !engine && !pair->gone)
+        result = watch(pair, pair->fd, EVENT_PORT);
     if (!result)
         result = serve(pair);
+    if (engine)
+        engine->detach(engine);
     close(pair->epoll_fd);
     if (result != VIRTIO_NET_GONE) /* else it is run again, or was stopped meanwhile */
         __atomic_store_n(&pair->stopping, false, __ATOMIC_RELAXED);

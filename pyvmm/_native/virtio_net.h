@@ -1,6 +1,6 @@
-/* The network device's pairs of queues (virtio 1.2, section 5.1.6), between guest memory and the
- * file descriptor of a port (net_port.h). Frames are read and written where they lie in guest
- * memory; nothing is copied but what did not fit where it was expected. */
+/* The network device's pairs of queues (virtio 1.2, section 5.1.6), between guest memory and a port
+ * (net_port.h). Frames on its file descriptor are read and written where they lie in guest memory;
+ * nothing is copied but what did not fit where it was expected. */
 #ifndef PYVMM_VIRTIO_NET_H
 #define PYVMM_VIRTIO_NET_H
 
@@ -18,6 +18,7 @@
 /* What all pairs of a device share. It outlives them, and only what says so changes meanwhile. */
 struct virtio_net_device {
     enum net_framing framing;
+    struct net_engine *engine; /* NET_FRAMING_CALLS, else NULL */
     bool vnet_hdr;        /* each frame on the port follows a struct virtio_net_hdr_v1 */
     bool mergeable;       /* VIRTIO_NET_F_MRG_RXBUF negotiated */
     uint32_t tx_offloads; /* NET_OFFLOAD_...: what frames of the driver may be */
@@ -70,8 +71,8 @@ struct virtio_net_pair;
 void virtio_net_set_rx_offloads(struct virtio_net_device *device, uint32_t offloads);
 void virtio_net_set_link(struct virtio_net_device *device, bool up);
 
-/* A receive and a transmit queue that the driver configured, on `fd` of the port. The kick
- * descriptors are the eventfds of their notifications; `memory`, `irq`, `device` and `stream`,
+/* A receive and a transmit queue that the driver configured, on `fd` of the port, or -1 if that has
+ * an engine, which then is this pair's alone. The kick descriptors are the eventfds of their notifications; `memory`, `irq`, `device` and `stream`,
  * which is NULL for ports of another framing, must outlive the pair. NULL with errno set on
  * failure: EINVAL when virtq_init refuses a configuration. */
 struct virtio_net_pair *virtio_net_pair_create(struct virtio_net_device *device, int fd,

@@ -9,6 +9,7 @@ from pyvmm._core import lib
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
 
 class NetPort:
@@ -20,8 +21,12 @@ class NetPort:
     num_buffers has no meaning. Sockets are used without waiting, whatever their flags; other
     descriptors must be non-blocking. A port whose peer has gone reports the end of file.
 
+    With ``lib.NET_FRAMING_CALLS`` there are none: `engine`, a ``struct net_engine *``, takes and
+    makes frames on the thread of the device's one pair of queues.
+
     `takes` and `gives` are ``lib.NET_OFFLOAD_...`` bits, 0 without `vnet_hdr`: what frames of the
-    guest may be, and what the port can make frames for the guest be.
+    guest may be, and what the port can make frames for the guest be. An engine may give
+    ``NET_OFFLOAD_CSUM``, as the checksums of its frames need no verifying.
 
     `mtu` is the largest payload of a frame, in bytes, that the guest should be told of; 0 tells it
     nothing, and it takes 1500. `vhost_fds` has a ``/dev/vhost-net`` for each of `fds` when the
@@ -35,6 +40,7 @@ class NetPort:
         fds: Sequence[int],
         framing: int,
         *,
+        engine: Any = None,
         vnet_hdr: bool = False,
         takes: int = 0,
         gives: int = 0,
@@ -42,9 +48,10 @@ class NetPort:
         vhost_fds: Sequence[int] = (),
         remarks: Sequence[str] = (),
     ) -> None:
-        assert vnet_hdr or not (takes | gives or framing == lib.NET_FRAMING_TAP)
+        assert vnet_hdr or engine or not (takes | gives or framing == lib.NET_FRAMING_TAP)
         self.fds = tuple(fds)
         self.framing = framing
+        self.engine = engine
         self.vnet_hdr = vnet_hdr
         self.takes = takes
         self.gives = gives

@@ -1,7 +1,7 @@
 """User-mode networking: a TCP/IP stack in this process speaks for the guest. No root needed.
 
-The stack is libslirp, in a C thread of its own (``_native/slirp_net.c``). The guest finds a network
-with DHCP, a router that is the host, and a name server that asks the host's.
+The stack is libslirp (``_native/slirp_net.c``), and runs on the thread of the guest's queues. The
+guest finds a network with DHCP, a router that is the host, and a name server that asks the host's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 
+from pyvmm._core import ffi as core_ffi
 from pyvmm._core import lib as core
 from pyvmm.backends.forward import Forward
 from pyvmm.backends.net import NetPort
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 # Sends every TCP segment and datagram in one frame: with 1500 bytes the same takes 44 of them.
 DEFAULT_MTU = 65520
 DEFAULT_NETWORK = "10.0.2.0/24"
-
-# What the kernel may keep between the stack and the device, one way; it may give less.
-_SOCKET_BUFFER = 4 << 20
 
 # libslirp's set-up is not for several threads, and cffi calls run without the GIL.
 _create_lock = threading.Lock()
@@ -72,46 +70,29 @@ class UserNet(NetPort):
                 "hostname": name,
             },
         )
-        self._ours, self._native, self._thread = -1, None, None
-        device, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (device, ours):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
-        self._ours = ours.detach()
+        with _create_lock:
+            self._native = self._lib.slirp_net_create(config)
+        if self._native == self._ffi.NULL:
+            raise OSError(self._ffi.errno, os.strerror(self._ffi.errno))
+        engine = int(self._ffi.cast("uintptr_t", self._lib.slirp_net_engine(self._native)))
         super().__init__(
-            (device.detach(),),
-            core.NET_FRAMING_PACKET,
-            vnet_hdr=True,
+            (),
+            core.NET_FRAMING_CALLS,
+            engine=core_ffi.cast("struct net_engine *", engine),
             gives=core.NET_OFFLOAD_CSUM,
             mtu=mtu,
         )
         try:
-            with _create_lock:
-                self._native = self._lib.slirp_net_create(config, self._ours)
-            if self._native == self._ffi.NULL:
-                self._native = None
-                raise OSError(self._ffi.errno, os.strerror(self._ffi.errno))
             self.forwards = [self._forward(each) for each in forwards]
         except BaseException:
             self.close()
             raise
-        self._thread = threading.Thread(target=self._serve, name="user-net", daemon=True)
-        self._thread.start()
-
-    def set_offloads(self, offloads: int) -> None:
-        self._lib.slirp_net_set_checked(self._native, bool(offloads & core.NET_OFFLOAD_CSUM))
 
     def close(self) -> None:
-        if self._thread is not None:
-            self._lib.slirp_net_stop(self._native)
-            self._thread.join()
-            self._thread = None
         if self._native is not None:
             with _create_lock:
                 self._lib.slirp_net_destroy(self._native)
             self._native = None
-        if self._ours >= 0:
-            os.close(self._ours)
-            self._ours = -1
         super().close()
 
     @property
@@ -136,14 +117,6 @@ class UserNet(NetPort):
         if asked.host_port == 0:
             self.remarks.append(f"the guest's network forwards {made}")
         return made
-
-    def _serve(self) -> None:
-        result = self._lib.slirp_net_run(self._native)
-        if result:
-            import logging
-
-            logger = logging.getLogger("pyvmm.backends")
-            logger.error("the user network stopped: %s", os.strerror(-result))
 
 
 def _library() -> tuple[Any, Any]:

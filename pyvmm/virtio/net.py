@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
         fds: tuple[int, ...]
         framing: int
+        engine: Any
         vnet_hdr: bool
         takes: int
         gives: int
@@ -106,7 +107,7 @@ class VirtioNet(VirtioDevice):
 
     `mac` is its address (6 bytes), `name` what messages call it, `pcap_fd` where its frames are
     recorded (`backends.pcap.create_pcap`), or -1. It has a pair of queues for each descriptor of
-    the port, of `queue_size` descriptors each.
+    the port, or one for its engine, of `queue_size` descriptors each.
     """
 
     device_id = uapi.VIRTIO_ID_NET
@@ -124,7 +125,8 @@ class VirtioNet(VirtioDevice):
         self.port = port
         self.name = name
         self.permanent_mac = mac
-        self.max_pairs = len(port.fds)
+        self._fds = port.fds or (-1,)  # an engine has none
+        self.max_pairs = len(self._fds)
         self.queue_sizes = (queue_size,) * (2 * self.max_pairs + 1)
         self.features = _features(port)
         self.link_up = True
@@ -136,6 +138,7 @@ class VirtioNet(VirtioDevice):
             "struct virtio_net_device *",
             {
                 "framing": port.framing,
+                "engine": port.engine or ffi.NULL,
                 "vnet_hdr": port.vnet_hdr,
                 "link_up": True,
                 "pcap_fd": pcap_fd,
@@ -143,7 +146,7 @@ class VirtioNet(VirtioDevice):
         )
         streams = port.framing == lib.NET_FRAMING_STREAM
         self._streams = [
-            ffi.new("struct virtio_net_stream *") if streams else ffi.NULL for _ in port.fds
+            ffi.new("struct virtio_net_stream *") if streams else ffi.NULL for _ in self._fds
         ]
         self._filter = ffi.addressof(self._device, "filter")
         lib.net_filter_init(self._filter, mac, False)
@@ -241,7 +244,7 @@ class VirtioNet(VirtioDevice):
     def _create_pair(
         self, activation: Activation, index: int, rx: QueueActivation, tx: QueueActivation
     ) -> Pair:
-        fd = self.port.fds[index]
+        fd = self._fds[index]
         if self.port.vhost_fds:
             from pyvmm.virtio.vhost import VhostPair
 
