@@ -34,7 +34,76 @@ enum {
     SETUP_OFFLOADS = 32,
     SETUP_RAW = 64, /* everything that follows goes into the rings */
     SETUP_FILTER = 128,
+    SETUP_ENGINE = 256, /* no socket, but an engine */
 };
+
+/* A peer that is called, and keeps what the driver has no buffers for. */
+struct engine {
+    struct net_engine engine;
+    net_deliver deliver;
+    void *deliver_to;
+    unsigned queued, delivered;
+    struct {
+        uint32_t size;
+        uint8_t frame[1 << 17];
+    } queue[8]; /* [delivered, queued) wait */
+};
+
+static void engine_attach(struct net_engine *engine, int epoll_fd, net_deliver deliver, void *opaque)
+{
+    struct engine *self = (struct engine *)engine;
+
+    (void)epoll_fd;
+    self->deliver = deliver;
+    self->deliver_to = opaque;
+}
+
+static void engine_detach(struct net_engine *engine)
+{
+    ((struct engine *)engine)->deliver = NULL;
+}
+
+static bool engine_take(struct net_engine *engine, const struct iovec *iov, uint32_t count,
+                        uint32_t bytes)
+{
+    static uint8_t frame[VIRTIO_NET_MAX_FRAME];
+    struct engine *self = (struct engine *)engine;
+    uint32_t have = 0;
+
+    if (bytes < 14 || bytes > sizeof(frame))
+        abort();
+    for (uint32_t i = 0; i < count; i++) {
+        if (iov[i].iov_len > bytes - have)
+            abort();
+        memcpy(frame + have, iov[i].iov_base, iov[i].iov_len);
+        have += (uint32_t)iov[i].iov_len;
+    }
+    if (have != bytes)
+        abort();
+    if (self->delivered < self->queued)
+        return false;
+    return (frame[12] & 1) || self->deliver(self->deliver_to, frame, bytes); /* or it comes back */
+}
+
+static int engine_prepare(struct net_engine *engine)
+{
+    (void)engine;
+    return -1;
+}
+
+static void engine_serve(struct net_engine *engine)
+{
+    struct engine *self = (struct engine *)engine;
+
+    while (self->delivered < self->queued) {
+        unsigned next = self->delivered;
+
+        if (!self->deliver(self->deliver_to, self->queue[next].frame, self->queue[next].size))
+            return;
+        self->delivered++;
+    }
+    self->delivered = self->queued = 0;
+}
 
 /* A chain of up to four descriptors for the queue whose rings are at `rings`. A transmitted one
  * begins with a virtio_net_hdr_v1 of the input. Returns the descriptors taken. */
@@ -69,9 +138,9 @@ static unsigned add_chain(struct input *input, uint8_t *ram, uint64_t rings, uns
 }
 
 /* A frame of the peer, its first bytes from the input. */
-static void send_frame(struct input *input, int peer, unsigned setup)
+static void send_frame(struct input *input, int peer, struct engine *engine, unsigned setup)
 {
-    static uint8_t message[(1 << 17) + 4];
+    static uint8_t message[(1 << 17) + 4 + HEADER];
     unsigned shape = (unsigned)take(input, 1);
     uint32_t size = (uint32_t)take(input, shape & 1 ? 1 : 2);
     unsigned first = setup & SETUP_STREAM ? 4 : 0;
@@ -84,7 +153,10 @@ static void send_frame(struct input *input, int peer, unsigned setup)
         message[i] = (uint8_t)(length >> (24 - 8 * i));
     for (unsigned i = 0; i < HEADER + 18 && (shape & 8); i++)
         message[first + i] = (uint8_t)take(input, 1);
-    if (first + size > 0 && send(peer, message, first + size, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
+    if ((setup & SETUP_ENGINE) && size >= 14 && engine->queued < 8) {
+        memcpy(engine->queue[engine->queued].frame, message + first + HEADER, size);
+        engine->queue[engine->queued++].size = size;
+    } else if (first + size > 0 && send(peer, message, first + size, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
         return;
 }
 
@@ -135,8 +207,17 @@ static void drain(int peer, unsigned setup)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static struct virtio_net_stream stream;
+    static struct engine engine = {
+        .engine = {
+            .attach = engine_attach,
+            .detach = engine_detach,
+            .take = engine_take,
+            .prepare = engine_prepare,
+            .serve = engine_serve,
+        },
+    };
     struct input input = {data, size};
-    unsigned setup = (unsigned)take(&input, 1);
+    unsigned setup = (unsigned)take(&input, 2);
     bool event_idx = setup & SETUP_EVENT_IDX, indirect = setup & SETUP_INDIRECT;
     const struct virtq_config rx = {0, AVAIL, USED, QUEUE_SIZE, event_idx, indirect};
     const struct virtq_config tx = {
@@ -145,7 +226,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     const struct guest_mem memory = {1, {{0, RAM, ram}}};
     uint32_t offloads = setup & SETUP_OFFLOADS ? 0x7F : 0;
     struct virtio_net_device device = {
-        .framing = setup & SETUP_STREAM ? NET_FRAMING_STREAM : NET_FRAMING_PACKET,
+        .framing = setup & SETUP_ENGINE   ? NET_FRAMING_CALLS
+                   : setup & SETUP_STREAM ? NET_FRAMING_STREAM
+                                          : NET_FRAMING_PACKET,
+        .engine = setup & SETUP_ENGINE ? &engine.engine : NULL,
         .vnet_hdr = setup & SETUP_VNET_HDR,
         .mergeable = setup & SETUP_MERGEABLE,
         .tx_offloads = offloads,
@@ -163,10 +247,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (socketpair(AF_UNIX, setup & SETUP_STREAM ? SOCK_STREAM : SOCK_SEQPACKET, 0, fds) < 0)
         abort();
     memset(&stream, 0, offsetof(struct virtio_net_stream, unsent));
+    engine.queued = engine.delivered = 0;
     net_filter_init(&device.filter, (const uint8_t *)"\x52\x54\0\1\2\3", setup & SETUP_FILTER);
     if (setup & SETUP_FILTER)
         net_filter_set_mode(&device.filter, NET_FILTER_ALLMULTI);
-    pair = virtio_net_pair_create(&device, fds[0], setup & SETUP_STREAM ? &stream : NULL, &memory,
+    pair = virtio_net_pair_create(&device, fds[0],
+                                  device.framing == NET_FRAMING_STREAM ? &stream : NULL, &memory,
                                   &rx, kicks[0], &tx, kicks[1], &irq);
     if (!pair)
         abort();
@@ -176,7 +262,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             unsigned what = (unsigned)take(&input, 1) % 3;
 
             if (what == 2) {
-                send_frame(&input, fds[1], setup);
+                send_frame(&input, fds[1], &engine, setup);
             } else if (descs[what] + 4 <= QUEUE_SIZE) {
                 uint64_t rings = what * RINGS;
                 struct vring_avail *avail = (struct vring_avail *)(ram + rings + AVAIL);

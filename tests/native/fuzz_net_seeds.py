@@ -9,6 +9,7 @@ from pathlib import Path
 RX, TX, PEER = range(3)
 WITH_HEADER, SIXTEENTHS, WITH_ROOM = 0x40, 0x08, 0x10
 EVENT_IDX, INDIRECT, MERGEABLE, VNET_HDR, STREAM, OFFLOADS, RAW, FILTER = (1 << n for n in range(8))
+ENGINE = 1 << 8
 CSUM = struct.pack("<BBHHHHH", 1, 0, 0, 0, 34, 16, 0)
 TSO = struct.pack("<BBHHHHH", 1, 1, 54, 100, 34, 16, 0)
 
@@ -37,11 +38,11 @@ def main() -> None:
         "tx-offloads": transmit(200, header=CSUM) + transmit(0, 250, header=TSO),
     }
     for setup in (0, EVENT_IDX | MERGEABLE, VNET_HDR | OFFLOADS | MERGEABLE, FILTER | MERGEABLE):
-        for framing in (0, STREAM):
+        for framing in (0, STREAM, ENGINE):
             for name, step in steps.items():
-                content = bytes([setup | framing]) + step * 2
+                content = struct.pack("<H", setup | framing) + step * 2
                 (directory / f"{name}-{setup | framing}").write_bytes(content)
-    (directory / "raw").write_bytes(bytes([RAW]) + bytes(range(60)))
+    (directory / "raw").write_bytes(struct.pack("<H", RAW) + bytes(range(60)))
 
 
 main()
