@@ -49,7 +49,8 @@ struct engine {
     } queue[8]; /* [delivered, queued) wait */
 };
 
-static void engine_attach(struct net_engine *engine, int epoll_fd, net_deliver deliver, void *opaque)
+static void engine_attach(struct net_engine *engine, int epoll_fd, net_deliver deliver,
+                          void *opaque)
 {
     struct engine *self = (struct engine *)engine;
 
@@ -156,8 +157,10 @@ static void send_frame(struct input *input, int peer, struct engine *engine, uns
     if ((setup & SETUP_ENGINE) && size >= 14 && engine->queued < 8) {
         memcpy(engine->queue[engine->queued].frame, message + first + HEADER, size);
         engine->queue[engine->queued++].size = size;
-    } else if (first + size > 0 && send(peer, message, first + size, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
+    } else if (first + size > 0 &&
+               send(peer, message, first + size, MSG_DONTWAIT | MSG_NOSIGNAL) < 0) {
         return;
+    }
 }
 
 /* What the device sent must be what any peer may get. */
