@@ -41,22 +41,21 @@ _FOREGROUND_INTERVAL = 500
 class Chardev:
     """The host's side of a byte stream.
 
-    `input_fd` and `output_fd` (None: there is none) are two descriptors that never block, for one
-    reader and one writer; input can be polled; output may be a regular file, which cannot.
+    `fds` are `input_fd` and `output_fd` (None: there is none), two descriptors that never block,
+    for one reader and one writer; input can be polled; output may be a regular file, which cannot.
     They stay the same and open until `close`, before which the device must let go of them.
 
-    Of some kinds, and only where `open_chardev` was asked for `direct`, the host's other side comes
-    and goes. Both are None then while it is not there, and one and the same descriptor, or a
-    socket, while it is: `on_connect` tells, on another thread, that it came. The device, which sees
-    the end of it, lets go of the descriptor and then calls `disconnect`.
+    Where `open_chardev` was asked for `direct`, and the host's other side is one that comes and
+    goes, both are None while it is not there, and while it is they are the same descriptor, which
+    may be a socket that blocks. `on_connect` tells, on another thread, that it came. The device,
+    which sees the end of it, lets go of the descriptor and then calls `disconnect`.
 
     `description` tells the user where to connect; it is empty where that is no question.
     `on_resize`, if set, is called from another thread when `size` changed.
     """
 
     def __init__(self, input_fd: int | None, output_fd: int | None, description: str = "") -> None:
-        self.input_fd = input_fd
-        self.output_fd = output_fd
+        self.fds = (input_fd, output_fd)
         self.description = description
         self.on_resize: Callable[[], None] | None = None
         self.on_connect: Callable[[], None] | None = None
@@ -71,6 +70,14 @@ class Chardev:
 
     def guest_opened(self, open: bool) -> None:
         """A program in the guest opened its side of a port, or closed it. Any thread."""
+
+    @property
+    def input_fd(self) -> int | None:
+        return self.fds[0]
+
+    @property
+    def output_fd(self) -> int | None:
+        return self.fds[1]
 
     def size(self) -> tuple[int, int] | None:
         """(columns, rows) of the terminal; None where that makes no sense."""
@@ -105,7 +112,7 @@ class PipeChardev(Chardev):
     def hang_up(self) -> None:
         if self.output_fd is not None:
             os.close(self.output_fd)
-            self.output_fd = None
+            self.fds = (self.input_fd, None)
 
     def close(self) -> None:
         self.hang_up()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
 _RECONNECT_SECONDS = 0.5
+_REOPEN_SECONDS = 10.0
 _IN_OPEN = 0x20  # linux/inotify.h
 
 
@@ -43,7 +44,7 @@ class Peer(Chardev):
         return self
 
     def disconnect(self) -> None:
-        self.input_fd = self.output_fd = None
+        self.fds = (None, None)
         self._left.set()
 
     def close(self) -> None:
@@ -83,7 +84,7 @@ class Peer(Chardev):
                 self._left.clear()
                 if self._closing:
                     break
-                self.input_fd = self.output_fd = fd
+                self.fds = (fd, fd)
                 self.connected()
                 self._left.wait()
                 self.let_go()
@@ -232,27 +233,33 @@ class ProgramPeer(Chardev):
 
     def __init__(self) -> None:
         super().__init__(None, None)
-        self._socket: socket.socket | None = None
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()  # of what follows
+        self._socket: socket.socket | None = None  # the device's end
         self._guest_open = False
-        self._changed = threading.Condition()
 
     def open(self) -> PortStream:
-        """The program's end. UsageError when there is one already."""
-        with self._lock:
-            if self._socket is not None:
+        """The program's end. One that was closed just now is waited for, until the guest has read
+        what was sent to it; UsageError when there is one already."""
+        with self._changed:
+            if self._socket is not None and not _has_left(self._socket):
                 raise UsageError("the port is open already: close the stream that it was opened as")
+            if not self._changed.wait_for(lambda: self._socket is None, _REOPEN_SECONDS):
+                raise UsageError(
+                    "the guest has not read yet what was sent to the port before it was closed: "
+                    "open it later"
+                )
             self._socket, own = socket.socketpair()
-            self.input_fd = self.output_fd = self._socket.fileno()
+            self.fds = (self._socket.fileno(),) * 2
         self.connected()
         return PortStream(own, self)
 
     def disconnect(self) -> None:
-        with self._lock:
-            self.input_fd = self.output_fd = None
+        with self._changed:
+            self.fds = (None, None)
             if self._socket is not None:
                 self._socket.close()
                 self._socket = None
+            self._changed.notify_all()
 
     def hang_up(self) -> None:
         self.disconnect()
@@ -268,6 +275,13 @@ class ProgramPeer(Chardev):
     def wait_guest(self, open: bool, timeout: float | None) -> bool:
         with self._changed:
             return self._changed.wait_for(lambda: self._guest_open == open, timeout)
+
+
+def _has_left(end: socket.socket) -> bool:
+    """Whether the other end was closed."""
+    poll = select.poll()
+    poll.register(end, 0)
+    return bool(poll.poll(0))
 
 
 class PortStream:

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
         data: dict[str, object]
         time: float
 
+    class PortState(Protocol):
+        """As `machine.ports.PortState`."""
+
+        address: str
+        guest_open: bool
+
     class Machine(Protocol):
         """What is asked of the machine; `machine.vm.VM` has it."""
 
@@ -48,6 +54,8 @@ if TYPE_CHECKING:
         def disks(self) -> dict[str, tuple[DiskConfig, Image]]: ...
         @property
         def cdroms(self) -> dict[str, ScsiCdrom]: ...
+        @property
+        def ports(self) -> Mapping[str, PortState]: ...
 
         def on_event(self, listener: Callable[[Any], None]) -> None: ...
         def pause(self) -> None: ...
@@ -405,14 +413,18 @@ class Control:
 
     @command("query-chardev")
     def query_chardev(self) -> list[dict[str, Any]]:
-        """list what the serial port and the console are connected to"""
+        """list what the serial port, the console and the named ports are connected to"""
         machine = self._machine
         devices = {"serial0": (machine.config.serial, machine.serial)}
         if machine.config.console.kind != "none":
             devices["console0"] = (machine.config.console, machine.console)
-        return [
+        consoles = [
             {"label": label, "filename": _filename(config, chardev), "frontend-open": True}
             for label, (config, chardev) in devices.items()
+        ]
+        return consoles + [
+            {"label": name, "filename": port.address, "frontend-open": port.guest_open}
+            for name, port in machine.ports.items()
         ]
 
     def _id_of(self, name: str) -> str:

@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 
 
 class PortState:
-    """What a port is connected to on the host (`description`, empty where nobody asks), and whether
-    somebody is there on either side: `host_connected`, `guest_open`.
+    """What a port is connected to on the host (`address`, such as unix:PATH or pty:/dev/pts/3; that
+    of this program is "program"), and whether somebody is there on either side: `host_connected`,
+    `guest_open`.
     """
 
-    __slots__ = ("description", "guest_open", "host_connected")
+    __slots__ = ("address", "guest_open", "host_connected")
 
-    def __init__(self, description: str, host_connected: bool, guest_open: bool) -> None:
-        self.description = description
+    def __init__(self, address: str, host_connected: bool, guest_open: bool) -> None:
+        self.address = address
         self.host_connected = host_connected
         self.guest_open = guest_open
 
     def __repr__(self) -> str:
-        return f"PortState({self.description!r}, {self.host_connected}, {self.guest_open})"
+        return f"PortState({self.address!r}, {self.host_connected}, {self.guest_open})"
 
 
 class SerialPorts:
@@ -54,7 +55,7 @@ class SerialPorts:
         self._on_change = on_change
         self._on_quit = on_quit
         self._lock = threading.Lock()
-        self._ports: dict[str, tuple[Port, Chardev]] = {}
+        self._ports: dict[str, tuple[PortConfig, Port, Chardev]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -84,42 +85,47 @@ class SerialPorts:
                 terminal=config.console,
                 on_open=lambda open: self._on_change(name, open),
             )
-            self._ports[name] = (port, chardev)
+            self._ports[name] = (config, port, chardev)
             self.device.add_port(port)
         return f"port {name} is {chardev.description}" if chardev.description else ""
 
     def remove(self, name: str) -> None:
         """Unplugs a port and closes what it is connected to. UsageError when there is none."""
         with self._lock:
-            port, chardev = self._get(name)
+            _, port, chardev = self._get(name)
             del self._ports[name]
             self.device.remove_port(port)
             chardev.close()
 
     def open(self, name: str) -> PortStream:
         """As of `VM.port`."""
-        _, chardev = self._get(name)
+        config, _, chardev = self._get(name)
         if not isinstance(chardev, ProgramPeer):
             raise UsageError(
-                f"port {name} is {chardev.description or 'connected elsewhere'}: "
-                "add one with nothing but a name for this program"
+                f"port {name} is {_address(config, chardev)}: one for this program has but a name"
             )
         return chardev.open()
 
     def hang_up(self) -> None:
         """The guest is gone for good."""
-        for _, chardev in list(self._ports.values()):
+        for _, _, chardev in list(self._ports.values()):
             chardev.hang_up()
 
     def states(self) -> dict[str, PortState]:
         """As of `VM.ports`."""
         return {
-            name: PortState(chardev.description, port.host_connected, port.guest_open)
-            for name, (port, chardev) in list(self._ports.items())
+            name: PortState(_address(config, chardev), port.host_connected, port.guest_open)
+            for name, (config, port, chardev) in list(self._ports.items())
         }
 
-    def _get(self, name: str) -> tuple[Port, Chardev]:
+    def _get(self, name: str) -> tuple[PortConfig, Port, Chardev]:
         if name not in self._ports:
             known = f"there are {', '.join(self._ports)}" if self._ports else "it has none"
             raise UsageError(f"this machine has no port {name}: {known}")
         return self._ports[name]
+
+
+def _address(config: PortConfig, chardev: Chardev) -> str:
+    if config.kind == "pty":
+        return f"pty:{chardev.description.rpartition(' ')[2]}"
+    return f"{config.kind}:{config.path}" if config.path else config.kind

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     class ByteStream(Protocol):
         """The host's side of a port; see ``pyvmm.backends.chardev.Chardev``."""
 
-        input_fd: int | None
-        output_fd: int | None
+        fds: tuple[int | None, int | None]
         on_resize: Callable[[], None] | None
         on_connect: Callable[[], None] | None
 
@@ -72,11 +71,12 @@ class Port:
         self.guest_open = False
         self._on_open = on_open
         self._ready = False  # the driver has it
+        self._attached = False  # the C side has the descriptors of its stream
 
     @property
     def host_connected(self) -> bool:
         """Whether somebody is there on the host's side."""
-        return self.stream.input_fd is not None or self.stream.output_fd is not None
+        return self.stream.fds != (None, None)
 
     def _set_guest_open(self, open: bool) -> None:
         if self.guest_open != open:
@@ -141,7 +141,7 @@ class VirtioConsole(VirtioDevice):
                 lib.virtio_console_disconnect(self._native, port.number)
                 lib.virtio_console_set_open(self._native, port.number, False)
                 lib.virtio_console_set_watch(self._native, port.number, ffi.NULL)
-            port._ready = False
+            port._ready = port._attached = False
             self._control.post(port, uapi.VIRTIO_CONSOLE_PORT_REMOVE)
         port._set_guest_open(False)
 
@@ -154,12 +154,15 @@ class VirtioConsole(VirtioDevice):
     def _connect(self, port: Port) -> None:
         """The stream of the port is connected, or was when the device began. Any thread."""
         with self._lock:
-            if self._native is None or not port.host_connected:
+            fds = port.stream.fds
+            if self._native is None or port._attached or fds == (None, None):
                 return
             if self.ports.get(port.number) is not port:
                 return
-            fds = (-1 if fd is None else fd for fd in (port.stream.input_fd, port.stream.output_fd))
-            error = lib.virtio_console_connect(self._native, port.number, *fds)
+            port._attached = True
+            error = lib.virtio_console_connect(
+                self._native, port.number, *(-1 if fd is None else fd for fd in fds)
+            )
             if error:
                 _log().error("port %s: %s", port.name, os.strerror(-error))
             self._tell_connected(port)
@@ -170,6 +173,7 @@ class VirtioConsole(VirtioDevice):
             while (number := lib.virtio_console_take_lost(self._native)) >= 0:
                 port = self.ports[number]
                 lib.virtio_console_disconnect(self._native, number)
+                port._attached = False
                 port.stream.disconnect()
                 self._tell_connected(port)
 
@@ -243,7 +247,7 @@ class VirtioConsole(VirtioDevice):
             self._native = None
             ports = list(self.ports.values())
             for port in ports:
-                port._ready = False
+                port._ready = port._attached = False
         for port in ports:
             port._set_guest_open(False)
 

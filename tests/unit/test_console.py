@@ -34,6 +34,10 @@ class Host:
         self.window = window
         self._fds = {self.input_fd, self.keyboard, self.screen, self.output_fd}
 
+    @property
+    def fds(self) -> tuple[int | None, int | None]:
+        return self.input_fd, self.output_fd
+
     def size(self) -> tuple[int, int] | None:
         return self.window
 

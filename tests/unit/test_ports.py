@@ -208,7 +208,25 @@ def test_hooks_hear_of_the_guest(device: VirtioConsole, peer: ProgramPeer) -> No
 def test_a_port_is_open_for_one_program(guest: Guest, peer: ProgramPeer) -> None:
     with peer.open(), pytest.raises(UsageError) as error:
         peer.open()
+    for _ in range(20):
+        peer.open().close()
     assert str(error.value) == ("the port is open already: close the stream that it was opened as")
+
+
+def test_a_port_whose_guest_has_not_read_all(
+    guest: Guest, peer: ProgramPeer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyvmm.backends.peer._REOPEN_SECONDS", 0.05)
+    with peer.open() as stream:
+        stream.write(b"unread")
+    with pytest.raises(UsageError) as error:
+        peer.open()
+    assert str(error.value) == (
+        "the guest has not read yet what was sent to the port before it was closed: open it later"
+    )
+    guest.driver.request(RX[1], writable=(8,))
+    guest.driver.replies(RX[1])
+    peer.open().close()
 
 
 def test_what_was_sent_before_the_end_arrives(guest: Guest, peer: ProgramPeer) -> None:
@@ -325,6 +343,14 @@ def test_a_file_takes_output(device: VirtioConsole, tmp_path: Path) -> None:
     guest.close()
     chardev.close()
     assert (tmp_path / "log").read_bytes() == b"a line\n"
+
+
+def test_hearing_twice_of_a_connection(guest: Guest, peer: ProgramPeer) -> None:
+    """As when it comes while the port is added."""
+    with peer.open() as stream:
+        peer.connected()
+        guest.driver.request(TX[1], (b"still there",))
+        assert stream.read(timeout=10) == b"still there"
 
 
 # Bytes

@@ -50,6 +50,9 @@ class FakeMachine:
                 fake_image("b.qcow2", format="qcow2", readonly=True),
             ),
         }
+        self.ports: dict[str, Any] = {
+            "org.qemu.guest_agent.0": SimpleNamespace(address="unix:/a", guest_open=False)
+        }
         self.cdroms: dict[str, Any] = {
             "cd0": SimpleNamespace(path=None, tray_open=True, locked=False),
         }
@@ -403,6 +406,7 @@ class TestCommands:
         assert client.execute("query-chardev") == [
             {"label": "serial0", "filename": "pty:/dev/pts/7", "frontend-open": True},
             {"label": "console0", "filename": "unix:/c", "frontend-open": True},
+            {"label": "org.qemu.guest_agent.0", "filename": "unix:/a", "frontend-open": False},
         ]
 
     def test_query_cpus(self, client: RawClient) -> None:
