@@ -307,9 +307,10 @@ class Board:
         native = transport.native_page
         map_page(layout.PAGE_SIZE)
         for index, kick in enumerate(transport.kicks):
-            self.vm.ioeventfd(
-                slot.gpa + virtio_uapi.VIRTIO_MMIO_QUEUE_NOTIFY, 4, kick, datamatch=index
-            )
+            if index not in device.synchronous:
+                self.vm.ioeventfd(
+                    slot.gpa + virtio_uapi.VIRTIO_MMIO_QUEUE_NOTIFY, 4, kick, datamatch=index
+                )
         if acks != ffi.NULL:
             if lib.ack_ring_attach(acks, transport.irq):
                 raise MemoryError("too many devices for the ring of interrupt acknowledgements")

@@ -64,11 +64,13 @@ class VirtioDevice(ABC):
 
     `device_id` is its number in section 5, `queue_sizes` the most descriptors that each queue
     may have, `features` its device-specific feature bits (the transport offers the others).
+    `synchronous` are the queues that are served before the driver's notification returns.
     """
 
     device_id: ClassVar[int]
     queue_sizes: tuple[int, ...]
     features: int = 0
+    synchronous: frozenset[int] = frozenset()
 
     def __init__(self) -> None:
         self.detach()
@@ -93,6 +95,9 @@ class VirtioDevice(ABC):
 
         Also called when the device is not active, and then does nothing.
         """
+
+    def serve_now(self, index: int) -> None:  # noqa: B027
+        """The driver notified one of the `synchronous` queues, on the thread of its vCPU."""
 
     def attach(
         self, on_config_changed: Callable[[], None], on_needs_reset: Callable[[], None]
@@ -130,6 +135,7 @@ class PythonDevice(VirtioDevice):
         self._epoll: select.epoll | None = None
         self._watches: dict[int, Callable[[], None]] = {}
         self._pending: list[Virtqueue] = []
+        self._synchronous_lock = threading.Lock()  # for the synchronous ones of `queues`
 
     @abstractmethod
     def handle(self, queue: Virtqueue, chain: Chain) -> None:
@@ -181,19 +187,19 @@ class PythonDevice(VirtioDevice):
             self._epoll.close()
             self._epoll = None
             os.close(self._stop_fd)
-        for queue in self.queues:
-            if queue is not None:
-                queue.close()
-        self.queues = ()
+        with self._synchronous_lock:
+            for queue in self.queues:
+                if queue is not None:
+                    queue.close()
+            self.queues = ()
         self._watches.clear()
         self._pending.clear()
 
     def _run(self) -> None:
         try:
-            for queue in self.queues:
-                if queue is not None:
-                    self.watch(queue.kick, select.EPOLLIN, partial(self._kicked, queue))
-                    self._pending.append(queue)
+            for queue in self._own_queues():
+                self.watch(queue.kick, select.EPOLLIN, partial(self._kicked, queue))
+                self._pending.append(queue)
             self.started()
             while self._turn():
                 pass
@@ -211,10 +217,24 @@ class PythonDevice(VirtioDevice):
             if ready is not None:  # else an earlier one of this turn unwatched it
                 ready()
         self._pending = [queue for queue in self._pending if self._serve(queue)]
-        for queue in self.queues:
-            if queue is not None:
-                queue.publish()
+        for queue in self._own_queues():
+            queue.publish()
         return True
+
+    def _own_queues(self) -> list[Virtqueue]:
+        """Those that the device's thread serves."""
+        return [each for each in self.queues if each and each.index not in self.synchronous]
+
+    def serve_now(self, index: int) -> None:
+        with self._synchronous_lock:
+            queue = self.queues[index] if self.queues else None
+            if queue is None:
+                return
+            more = self._serve(queue)
+            queue.publish()
+            if more:  # once again, not for ever: a driver that waits adds no more
+                self._serve(queue)
+                queue.publish()
 
     def _kicked(self, queue: Virtqueue) -> None:
         os.eventfd_read(queue.kick)
@@ -234,7 +254,8 @@ class PythonDevice(VirtioDevice):
                     return queue.enable_notify()
                 self._handle(queue, chain)
         except RingBrokenError:
-            self.unwatch(queue.kick)
+            if queue.kick in self._watches:
+                self.unwatch(queue.kick)
             self.needs_reset()
             return False
         return True

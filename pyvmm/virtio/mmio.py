@@ -86,8 +86,9 @@ class MmioTransport:
     before, so that reads go through `read` until ``trap_reads(False)``.
 
     `kicks` has the eventfd of each queue, for ioeventfds on QueueNotify (4 bytes, datamatch is
-    the index); `irq` is the ``struct virtio_irq *`` and `native_page` the page as
-    ``uint8_t *``, for the C side of the bus. `ignored_writes` counts writes that had no effect.
+    the index; none for queues that are `synchronous`); `irq` is the ``struct virtio_irq *`` and
+    `native_page` the page as ``uint8_t *``, for the C side of the bus. `ignored_writes` counts
+    writes that had no effect.
 
     All methods may be called from any thread, but those that change the status of the device
     wait for its workers, so not from these.
@@ -280,10 +281,13 @@ class MmioTransport:
         return True
 
     def _notify(self, index: int) -> bool:
-        """Where the ioeventfd did not absorb QueueNotify."""
+        """Where no ioeventfd absorbed QueueNotify."""
         if index >= len(self.kicks):
             return False
-        os.eventfd_write(self.kicks[index], 1)
+        if index in self.device.synchronous:
+            self.device.serve_now(index)
+        else:
+            os.eventfd_write(self.kicks[index], 1)
         return True
 
     def _activate_queue(self, index: int, queue: _Queue) -> QueueActivation:

@@ -24,6 +24,8 @@ What Python does not show is memory ordering; see the comments in ``virtq.c``.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
+from mmap import mmap
 from typing import NamedTuple
 
 DESC_F_NEXT = 1
@@ -43,7 +45,7 @@ _LE16 = struct.Struct("<H")
 class GuestMemory:
     """Guest RAM: buffers by the guest-physical address at which each one starts."""
 
-    def __init__(self, regions: dict[int, bytearray]) -> None:
+    def __init__(self, regions: Mapping[int, bytearray | mmap]) -> None:
         self.regions = {gpa: memoryview(ram) for gpa, ram in regions.items()}
 
     def at(self, gpa: int, size: int) -> memoryview | None:

@@ -44,7 +44,9 @@ class MmioDriver:
     def __init__(
         self, device: VirtioDevice, trap_reads: Callable[[bool], None] | None = None
     ) -> None:
-        self.memory = GuestMemory({0: bytearray(RAM_SIZE)})
+        # As that of a machine: what the balloon discards of it is zero.
+        ram = mmap.mmap(-1, RAM_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory = GuestMemory({0: ram})
         self.page = mmap.mmap(-1, 4096)
         self.irqfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.transport = MmioTransport(
