@@ -358,6 +358,48 @@ class NetConfig(Record, implied="kind"):
             )
 
 
+# Linux needs about that much, and numbers of pages have 32 bits.
+LEAST_MEMORY = 32 * MIB
+_MOST_BALLOON = 16 * TIB - MIB
+
+
+class BalloonConfig(Record, implied="size"):
+    """A virtio-balloon device, by which the guest lends memory to the host."""
+
+    size: int = setting(
+        Size(least=0, most=_MOST_BALLOON, multiple=MIB),
+        default=0,
+        help="how much memory it takes from the guest at the start; VM.balloon changes it",
+    )
+    stats: int = setting(
+        Integer(0, 3600),
+        default=0,
+        help="seconds between looks at the guest's own statistics of its memory; 0: none",
+    )
+    reporting: bool = setting(
+        Boolean(), default=False, help="have the guest give free memory back by itself"
+    )
+    hinting: bool = setting(
+        Boolean(), default=False, help="let VM.balloon.reclaim take back all that is free"
+    )
+    deflate_on_oom: bool = setting(
+        Boolean(), default=False, help="let a guest take memory back before it kills a process"
+    )
+    auto: bool = setting(
+        Boolean(),
+        default=False,
+        help="take and give by the guest's statistics and the host's memory pressure (PSI)",
+    )
+
+    def complete(self, source: Source) -> None:
+        if self.auto and not self.stats:
+            self.__dict__["stats"] = 2
+
+    def to_text(self) -> str:
+        values = ((each, getattr(self, name)) for name, each in self.settings.items())
+        return ",".join(f"{each.name}={each.kind.text(value)}" for each, value in values)
+
+
 CHARDEVS = {
     "stdio": "standard input and output; on a terminal, Ctrl-A h shows the keys",
     "pty": "a new pseudo-terminal; its name is printed",
@@ -517,7 +559,7 @@ class VmConfig(Record):
         help="auto unpacks a bzImage on the host, which is faster; bzimage enters its own code",
     )
     memory: int = setting(
-        Size(least=32 * MIB, most=64 * TIB, multiple=MIB),
+        Size(least=LEAST_MEMORY, most=64 * TIB, multiple=MIB),
         default=512 * MIB,
         group="machine",
         help="memory of the guest",
@@ -532,6 +574,12 @@ class VmConfig(Record):
     )
     hugepages: bool = setting(
         Boolean(), default=False, group="machine", help="put guest memory on huge pages of 2 MiB"
+    )
+    balloon: BalloonConfig | None = setting(
+        One(BalloonConfig),
+        default=None,
+        group="machine",
+        help="a balloon, by which the guest's memory shrinks and grows (default: none)",
     )
     rng: bool = setting(
         Boolean(), default=True, group="machine", help="a virtio-rng device fed by the host"
@@ -636,11 +684,30 @@ class VmConfig(Record):
                 f"or no {name['hugepages']}"
             )
         self._check_ports(name)
+        if self.balloon is not None:
+            self._check_balloon(self.balloon, name["balloon"], name["hugepages"])
         self._check_disks_differ(name["disks"])
         self.scsi_places(name)
         self._check_cdroms(name["cdroms"])
         if self.scsi is None and self.scsi_units:
             self.__dict__["scsi"] = ScsiConfig()
+
+    def _check_balloon(self, balloon: BalloonConfig, name: str, hugepages: str) -> None:
+        if self.hugepages:
+            raise UsageError(
+                f"{name} and {hugepages} contradict each other: huge pages are reserved for the "
+                "guest and cannot be given back"
+            )
+        if self.memory >= _MOST_BALLOON:
+            raise UsageError(
+                f"{name} is for less memory than 16T: give the guest less, or no {name}"
+            )
+        most = self.memory - LEAST_MEMORY
+        if balloon.size > most:
+            raise UsageError(
+                f"{name}: size={format_size(balloon.size)} leaves too little of the guest's "
+                f"{format_size(self.memory)}: give at most {format_size(most)}"
+            )
 
     @property
     def scsi_units(self) -> list[DiskConfig | CdromConfig | ScsiDeviceConfig]:

@@ -427,6 +427,8 @@ class Record:
     def _items(cls, text: str, source: Source) -> Iterator[tuple[str, str]]:
         for index, item in enumerate(text.replace(",,", "\0").split(",")):
             key, equals, value = item.replace("\0", ",").partition("=")
+            if equals and key.replace("-", "_") in cls.settings:
+                key = key.replace("-", "_")  # as in the names of options
             if equals and key.isidentifier():
                 if index == 0 and cls.implied and key not in cls.settings:
                     written = f"write {cls.implied}={key}={value} if that is the {cls.implied}"

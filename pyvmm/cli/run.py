@@ -353,7 +353,7 @@ def _run_here(config: VmConfig) -> int:
     from pyvmm.machine.vm import VM
 
     with _Signals() as signals, VM(config) as vm:
-        vm.on_event(lambda event: _tell_how_to_go_on(vm, event))
+        vm.on_event(lambda event: _tell_user(vm, event))
         vm.start()
         gc.enable()
         signals.connect(vm.stop, lambda: _go_on(vm))
@@ -369,7 +369,7 @@ def _go_on(vm: VM) -> None:
     vm.wake()
 
 
-def _tell_how_to_go_on(vm: VM, event: Event) -> None:
+def _tell_user(vm: VM, event: Event) -> None:
     if event.name == "SUSPEND":
         print(f"\npyvmm: the guest sleeps; to wake it: kill -CONT {os.getpid()}", file=sys.stderr)
     if event.name == "BLOCK_IO_ERROR":
@@ -378,6 +378,10 @@ def _tell_how_to_go_on(vm: VM, event: Event) -> None:
             f"then let it try again: kill -CONT {os.getpid()}",
             file=sys.stderr,
         )
+    elif event.name == "BALLOON_STALLED" and vm.balloon is not None:
+        from pyvmm.machine.balloon import describe_stall
+
+        print(f"\npyvmm: {describe_stall(vm.balloon)}", file=sys.stderr)
 
 
 class _Signals:

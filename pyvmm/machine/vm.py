@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from pyvmm.backends.disk import Image
     from pyvmm.backends.peer import PortStream
     from pyvmm.backends.scsi.cdrom import ScsiCdrom
-    from pyvmm.config import ChardevConfig, DiskConfig, ScsiConfig, VmConfig
+    from pyvmm.config import BalloonConfig, ChardevConfig, DiskConfig, ScsiConfig, VmConfig
     from pyvmm.control.server import QmpServer
     from pyvmm.errors import GuestCrash, PyvmmError
     from pyvmm.kvm.handles import Kvm
+    from pyvmm.machine.balloon import Balloon
     from pyvmm.machine.board import Asleep, Board
     from pyvmm.machine.chassis import ChassisBuilder
     from pyvmm.machine.events import Listener
@@ -97,6 +98,7 @@ class VM:
         self._serial_ports: SerialPorts | None = None
         self._disks: dict[str, VirtioBlk] = {}
         self._images: dict[str, tuple[DiskConfig, Image]] = {}  # of those
+        self.balloon: Balloon | None = None  # there while the machine is started, if it has one
         self.nets: list[VirtioNet] = []  # as configured; what one is connected to is its `port`
         self._chardevs: list[Chardev] = []
         self._board: Board | None = None
@@ -173,7 +175,8 @@ class VM:
     def on_event(self, listener: Listener) -> None:
         """Has `listener` called with each `Event` from now on: SHUTDOWN, RESET, STOP, RESUME,
         POWERDOWN, SUSPEND, WAKEUP, GUEST_PANICKED, BLOCK_IO_ERROR, DEVICE_DELETED,
-        VSERPORT_CHANGE.
+        VSERPORT_CHANGE, BALLOON_CHANGE; and, which QMP has not, BALLOON_STALLED (a guest that gives
+        no more memory, with `actual` and `target`).
 
         It is called on the thread on which that happens and should return soon; it may call
         methods of this VM but those that wait for its end (`stop`, `wait`, `close`).
@@ -416,6 +419,8 @@ class VM:
             self._devices.append(console)
         if config.ports or config.max_ports is not None:
             self._open_ports(stack)
+        if config.balloon is not None:
+            self._open_balloon(config.balloon, stack)
         if config.rng:
             from pyvmm.virtio.rng import VirtioRng
 
@@ -457,6 +462,18 @@ class VM:
         for port in self.config.ports:
             self._remark(self._serial_ports.add(port))
         self._devices.append(self._serial_ports.device)
+
+    def _open_balloon(self, config: BalloonConfig, stack: ExitStack) -> None:
+        from pyvmm.machine.balloon import Balloon
+
+        balloon = Balloon(
+            config, self.config.memory, self._listeners.tell, paused=lambda: self._paused
+        )
+        stack.callback(balloon.close)
+        balloon.start()
+        self.balloon = balloon
+        self._devices.append(balloon.device)
+        self.remarks += balloon.remarks
 
     def _remark(self, remark: str) -> None:
         if remark and remark not in self.remarks:

@@ -248,3 +248,23 @@ def test_no_descriptor_is_left_behind(boot: Boot) -> None:
         console.expect(PROMPT, timeout=10)
         vm.close()
         assert descriptors() == before
+
+
+def test_a_balloon_without_a_driver(monitor_guest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyvmm.machine import balloon
+
+    monkeypatch.setattr(balloon, "STALL_SECONDS", 0.1)
+    told: list[tuple[str, dict[str, object]]] = []
+    with VM(kernel=monitor_guest, memory="64M", serial="pipe", balloon="16M,stats=1") as vm:
+        assert vm.balloon is None
+        vm.on_event(lambda event: told.append((event.name, event.data)))
+        vm.start()
+        assert vm.balloon is not None
+        assert (vm.balloon.target, vm.balloon.actual) == (48 << 20, 64 << 20)
+        vm.balloon.set_target("32M")
+        wait_until(lambda: told)
+        assert told == [("BALLOON_STALLED", {"actual": 64 << 20, "target": 32 << 20})]
+        vm.reset()
+        wait_until(lambda: "RESET" in dict(told))
+        assert vm.balloon.target == 32 << 20
+        assert vm.balloon.stats is None

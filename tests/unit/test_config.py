@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.config import (
+    BalloonConfig,
     ChardevConfig,
     DiskConfig,
     NetConfig,
@@ -76,6 +77,7 @@ DISK_KEYS = (
     "queues, queue_size, serial, bus, target, lun)"
 )
 CHARDEVS = "give stdio, pty, file:PATH, unix:PATH, connect:PATH or none"
+BALLOON_KEYS = "(known keys: size, stats, reporting, hinting, deflate_on_oom, auto)"
 
 
 @pytest.mark.parametrize(
@@ -156,6 +158,41 @@ CHARDEVS = "give stdio, pty, file:PATH, unix:PATH, connect:PATH or none"
             "--disk: readonly=on and snapshot=on contradict each other: readonly=on if the guest "
             "must not write, snapshot=on if its writes are thrown away",
         ),
+        (
+            {"balloon": "481M"},
+            "--balloon: size=481M leaves too little of the guest's 512M: give at most 480M",
+        ),
+        (
+            {"balloon": "reporting"},
+            "--balloon: size=reporting is not a size: give a number with K, M, G or T, such as "
+            "512M",
+        ),
+        (
+            {"balloon": "size=0,stats=3601"},
+            "--balloon: stats=3601 is out of range: give a whole number from 0 to 3600",
+        ),
+        (
+            {"balloon": "size=0,deflate-on-oom=yes"},
+            "--balloon: deflate_on_oom=yes is neither on nor off",
+        ),
+        (
+            {"balloon": "size=0,deflate-on-om=on"},
+            "--balloon: 'deflate-on-om=on' is not KEY=VALUE (a comma inside a value is written "
+            "twice)",
+        ),
+        (
+            {"balloon": "size=0,report=on"},
+            f"unknown key 'report' in --balloon, did you mean 'reporting'? {BALLOON_KEYS}",
+        ),
+        (
+            {"balloon": "0", "hugepages": True},
+            "--balloon and --hugepages contradict each other: huge pages are reserved for the "
+            "guest and cannot be given back",
+        ),
+        (
+            {"balloon": "0", "memory": "16T"},
+            "--balloon is for less memory than 16T: give the guest less, or no --balloon",
+        ),
         ({"serial": "pipe"}, f"--serial=pipe is for Python programs: {CHARDEVS}"),
         (
             {"qmp": "tcp:4444"},
@@ -220,6 +257,18 @@ CHARDEVS = "give stdio, pty, file:PATH, unix:PATH, connect:PATH or none"
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:
     assert error_of(**options) == message
+
+
+def test_balloon() -> None:
+    read = config(balloon="100M,deflate-on-oom=on,reporting=on,auto=on").balloon
+    assert read == BalloonConfig(
+        size=100 * MIB, deflate_on_oom=True, reporting=True, auto=True, stats=2
+    )
+    assert read == BalloonConfig.from_text(read.to_text(), Source("--balloon"))
+    assert BalloonConfig(auto=True, stats=5).stats == 5
+    assert tomllib.loads(config(balloon="1M").to_toml())["balloon"] == (
+        "size=1M,stats=0,reporting=off,hinting=off,deflate_on_oom=off,auto=off"
+    )
 
 
 @pytest.mark.parametrize(
