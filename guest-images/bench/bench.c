@@ -11,10 +11,13 @@
  *     stream-down ADDRESS PORT MS    has a peer send bytes
  *     echo ADDRESS PORT MS           sends a byte and awaits its echo, again and again
  *     datagrams ADDRESS PORT MS      sends UDP datagrams of 64 bytes; those count that arrive
+ *     inflate MIB MS     touches all free memory, and has the balloon's driver fill it with so much
+ *     deflate MIB MS     has the driver let that go again
  *
- *                   Each prints "start", works for MS milliseconds, and prints "done COUNT
- *                   MICROSECONDS". COUNT is of requests, bytes, echoes or datagrams, and that of
- *                   bytes and datagrams is the receiver's. "ready" awaits a line.
+ *                   Each prints "start", works for MS milliseconds (that long at most, with a
+ *                   balloon), and prints "done COUNT MICROSECONDS". COUNT is of requests, bytes,
+ *                   echoes or datagrams, and that of bytes and datagrams is the receiver's. "ready"
+ *                   awaits a line.
  *
  *   peer ADDRESS  the other end on the host: prints "port PORT", and serves one connection after
  *                 the other until its stdin ends
@@ -494,6 +497,85 @@ static void peer(const char *address)
     }
 }
 
+/* The balloon, which goes by how its driver comes and leaves. */
+
+#define BALLOON_DRIVER "/sys/bus/virtio/drivers/virtio_balloon"
+
+/* A line of /proc/meminfo, in bytes. */
+static uint64_t meminfo(const char *name)
+{
+    char line[128];
+    unsigned long long kib = 0;
+    FILE *file = fopen("/proc/meminfo", "r");
+
+    while (file && fgets(line, sizeof(line), file)) {
+        if (!strncmp(line, name, strlen(name)) && sscanf(line + strlen(name), ": %llu", &kib) == 1)
+            break;
+    }
+    if (!kib)
+        fail(name);
+    fclose(file);
+    return kib << 10;
+}
+
+static void touch_free_memory(void)
+{
+    uint64_t size = meminfo("MemAvailable") - (24 << 20);
+    char *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (memory == MAP_FAILED)
+        fail("memory to touch");
+    memset(memory, 0x5a, size);
+    munmap(memory, size);
+}
+
+/* Writes the name of the device, which the driver has at first, to a file of the driver. */
+static void tell_driver(const char *what)
+{
+    static char device[32];
+    char path[64], link[64];
+    int fd;
+
+    for (unsigned index = 0; !device[0] && index < 32; index++) {
+        snprintf(link, sizeof(link), BALLOON_DRIVER "/virtio%u", index);
+        if (!access(link, F_OK))
+            snprintf(device, sizeof(device), "virtio%u", index);
+    }
+    snprintf(path, sizeof(path), BALLOON_DRIVER "/%s", what);
+    fd = open(path, O_WRONLY);
+    if (fd < 0 || write(fd, device, strlen(device)) < 0)
+        fail(path);
+    close(fd);
+}
+
+static void balloon(int inflate, const char *arguments)
+{
+    unsigned long long mib, limit_ms;
+    uint64_t start, before, now;
+
+    if (sscanf(arguments, "%llu %llu", &mib, &limit_ms) != 2 || !mib) {
+        errno = EINVAL;
+        fail("command");
+    }
+    if (inflate)
+        touch_free_memory();
+    printf("start\n");
+    before = meminfo("MemTotal");
+    start = now_us();
+    tell_driver(inflate ? "bind" : "unbind");
+    /* It fills in the background, and empties before it leaves. */
+    do {
+        now = meminfo("MemTotal");
+        if ((inflate ? before - now : now - before) >= mib << 20) {
+            done(mib << 20, now_us() - start);
+            return;
+        }
+        usleep(2000);
+    } while (now_us() - start < limit_ms * 1000);
+    errno = ETIMEDOUT;
+    fail("balloon");
+}
+
 static const struct {
     const char *name;
     uint32_t kind;
@@ -508,6 +590,10 @@ static int obey(const char *line)
 {
     if (!strncmp(line, "disk ", 5)) {
         disk(line + 5);
+        return 1;
+    }
+    if (!strncmp(line, "inflate ", 8) || !strncmp(line, "deflate ", 8)) {
+        balloon(line[0] == 'i', line + 8);
         return 1;
     }
     for (unsigned index = 0; index < sizeof(networks) / sizeof(networks[0]); index++) {

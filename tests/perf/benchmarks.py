@@ -6,17 +6,27 @@ import contextlib
 import functools
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from perf.guests import LINUX_KERNELS, Guests
-from perf.monitors import MEMORY_MIB, Disk, Guest, Net, pyvmm_command, qemu_command
+from perf.monitors import (
+    MEMORY_MIB,
+    Balloon,
+    Disk,
+    Guest,
+    Net,
+    pyvmm_command,
+    qemu_command,
+    set_qemu_balloon,
+)
 from perf.process import GuestFailed, MonitorProcess
 from pyvmm.images import run_parameter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
     Samples = dict[str, dict[str, list[float]]]
     Targets = dict["Work", float | None]
@@ -26,6 +36,7 @@ MONITORS = ("pyvmm", "QEMU")
 _GUEST_SECONDS = 120.0  # no guest here takes nearly as long, even in an emulated machine
 _WORK_MS = 3000
 _WARM_UP_MS = 300
+_BALLOON_MS = 60000  # at most
 _ATTEMPTS = 3
 # What the words of a guest may take to get here, and the wait for datagrams that may still come.
 _ANSWER_SECONDS = 0.2
@@ -95,6 +106,14 @@ _ON_TAP: Targets = {_STREAM_UP: 1.1, _STREAM_DOWN: 1.1, _ECHO: 0.9, _DATAGRAMS: 
 _ON_USER: Targets = {_STREAM_UP: 1.0, _STREAM_DOWN: 1.0, _ECHO: 1.0, _DATAGRAMS: 1.0}
 
 
+# Of a guest with `MEMORY_MIB`, which has as much free.
+_BALLOON_MIB = 96
+_BALLOON: Targets = {
+    Work("inflated", f"inflate {_BALLOON_MIB}", "GiB/s", 2**-30, 1 << 30): 1.0,
+    Work("deflated", f"deflate {_BALLOON_MIB}", "GiB/s", 2**-30, 1 << 30): 1.0,
+}
+
+
 class DiskCase(NamedTuple):
     bus: str
     queues: int
@@ -128,6 +147,8 @@ def _rows() -> Iterator[Row]:
     for name, case in (DISK_CASES | NET_CASES).items():
         for work, target in case.work.items():
             yield from work.rows(name, target)
+    for work, target in _BALLOON.items():
+        yield from work.rows("balloon", target)
 
 
 ROWS = tuple(_rows())
@@ -209,6 +230,19 @@ class Bench:
         append = _stock_append("") if case.bus == "scsi" else "quiet -- serve"
         return Guest(kernel, initrd, append, disk, cpus=case.queues)
 
+    def balloon(self, monitor: str) -> Iterator[tuple[str, float]]:
+        with tempfile.TemporaryDirectory() as directory:
+            balloon = Balloon(_BALLOON_MIB, Path(directory, "qmp"))
+            guest = Guest(*self._guests.stock, _stock_append(""), balloon=balloon)
+            with self._start(monitor, guest) as process:
+                if monitor == "QEMU":
+                    set_qemu_balloon(balloon, _GUEST_SECONDS)
+                process.expect("ready", _GUEST_SECONDS)
+                # The driver has filled it at its start.
+                _work(process, f"deflate {_BALLOON_MIB}", _BALLOON_MS, counts=False)
+                for work in _BALLOON:
+                    yield from _sample(process, "balloon", work, work.command, _BALLOON_MS)
+
     def network(self, monitor: str, name: str) -> Iterator[tuple[str, float]]:
         case = NET_CASES[name]
         _ip("link set lo up")  # which it is not in a new network namespace
@@ -254,8 +288,14 @@ def _measure(
     process: MonitorProcess, case: str, work: Work, command: str
 ) -> Iterator[tuple[str, float]]:
     _work(process, command, _WARM_UP_MS, counts=False)
+    yield from _sample(process, case, work, command, _WORK_MS)
+
+
+def _sample(
+    process: MonitorProcess, case: str, work: Work, command: str, milliseconds: int
+) -> Iterator[tuple[str, float]]:
     before = process.cpu_seconds()
-    count, seconds = _work(process, command, _WORK_MS)
+    count, seconds = _work(process, command, milliseconds)
     cpu = process.cpu_seconds() - before
     if not count:
         raise GuestFailed(f"did nothing in {seconds:.2f} s when told: {command}")
@@ -284,6 +324,7 @@ CASES: dict[str, Callable[[Bench, str], Iterator[tuple[str, float]]]] = {
     "start": Bench.power_off_at_once,
     "first-byte": Bench.first_byte,
     "memory": Bench.memory,
+    "balloon": Bench.balloon,
     **{name: functools.partial(Bench.disk, name=name) for name in DISK_CASES},
     **{name: functools.partial(Bench.network, name=name) for name in NET_CASES},
 }

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import time
 from pathlib import Path
 from typing import NamedTuple
+
+from perf.process import GuestFailed
 
 MEMORY_MIB = 256
 
@@ -23,6 +28,13 @@ class Net(NamedTuple):
     vhost: bool = False
 
 
+class Balloon(NamedTuple):
+    """A virtio-balloon that takes ``mib`` from the guest. QEMU is told so at the socket ``qmp``."""
+
+    mib: int
+    qmp: Path
+
+
 class Guest(NamedTuple):
     """What is booted. ``linux`` is False for a micro-guest, which has no use for ACPI tables."""
 
@@ -31,6 +43,7 @@ class Guest(NamedTuple):
     append: str = ""
     disk: Disk | None = None
     net: Net | None = None
+    balloon: Balloon | None = None
     cpus: int = 1
     linux: bool = True
 
@@ -55,6 +68,8 @@ def pyvmm_command(program: Path, guest: Guest) -> list[str]:
     if guest.net:
         tap, vhost = guest.net
         command += ["--net", f"tap={tap}{',vhost=on' if vhost else ''}" if tap else "user"]
+    if guest.balloon:
+        command += ["--balloon", f"{guest.balloon.mib}M"]
     return command
 
 
@@ -100,4 +115,30 @@ def qemu_command(guest: Guest) -> list[str]:
         script = f"script=no,downscript=no,vhost={'on' if vhost else 'off'}"
         command += ["-netdev", f"tap,id=net,ifname={tap},{script}" if tap else "user,id=net"]
         command += ["-device", "virtio-net-device,netdev=net"]
+    if guest.balloon:
+        command += ["-device", "virtio-balloon-device"]
+        command += ["-qmp", f"unix:{guest.balloon.qmp},server=on,wait=off"]
     return command
+
+
+def set_qemu_balloon(balloon: Balloon, seconds: float) -> None:
+    """Has a QEMU, which may just have been started, take the memory from its guest."""
+    commands = (
+        {"execute": "qmp_capabilities"},
+        {"execute": "balloon", "arguments": {"value": (MEMORY_MIB - balloon.mib) << 20}},
+    )
+    deadline = time.monotonic() + seconds
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(seconds)
+        while client.connect_ex(str(balloon.qmp)):
+            if time.monotonic() > deadline:
+                raise GuestFailed("has no QMP socket")
+            time.sleep(0.01)
+        with client.makefile("rw") as stream:
+            stream.readline()  # the greeting
+            for command in commands:
+                stream.write(json.dumps(command))
+                stream.flush()
+                while "return" not in (answer := json.loads(stream.readline())):
+                    if "error" in answer:
+                        raise GuestFailed(f"answers {command} with {answer}")

@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from perf.__main__ import _cases, _line, _table
 from perf.benchmarks import _ECHO, _STREAM_UP, ROWS, Row, _work
 from perf.guests import build_micro, build_program
-from perf.monitors import Disk, Guest, Net, pyvmm_command
+from perf.monitors import Balloon, Disk, Guest, Net, pyvmm_command
 from perf.process import GuestFailed, MonitorProcess
 
 from pyvmm import cli
@@ -70,7 +71,17 @@ def test_rates_and_latencies() -> None:
         (
             [],
             False,
-            ["start", "first-byte", "memory", "io:blk", "io:scsi", "net:tap", "net:user", "ring"],
+            [
+                "start",
+                "first-byte",
+                "memory",
+                "balloon",
+                "io:blk",
+                "io:scsi",
+                "net:tap",
+                "net:user",
+                "ring",
+            ],
         ),
     ],
 )
@@ -86,17 +97,17 @@ def test_unknown_benchmark() -> None:
 
 
 @pytest.mark.parametrize(
-    ("disk", "net", "shown"),
+    ("devices", "shown"),
     [
-        (Disk(Path("image"), "blk", 2), None, r"queues ?= ?2"),
-        (Disk(Path("image"), "scsi", 2), None, r"queues ?= ?2"),
-        (None, Net("bench0", vhost=True), r"vhost ?= ?(true|on)"),
-        (None, Net(), 'kind = "user"'),
+        ({"disk": Disk(Path("image"), "blk", 2)}, r"queues ?= ?2"),
+        ({"disk": Disk(Path("image"), "scsi", 2)}, r"queues ?= ?2"),
+        ({"net": Net("bench0", vhost=True)}, r"vhost ?= ?(true|on)"),
+        ({"net": Net()}, 'kind = "user"'),
+        ({"balloon": Balloon(96, Path("qmp"))}, 'balloon = "size=96M,'),
     ],
 )
 def test_pyvmm_takes_its_command(
-    disk: Disk | None,
-    net: Net | None,
+    devices: dict[str, Any],
     shown: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -105,7 +116,7 @@ def test_pyvmm_takes_its_command(
     monkeypatch.chdir(tmp_path)
     build_micro(Path("kernel"))
     Path("image").write_bytes(bytes(4096))
-    guest = Guest(Path("kernel"), Path("kernel"), "quiet", disk, net, cpus=2)
+    guest = Guest(Path("kernel"), Path("kernel"), "quiet", cpus=2, **devices)
     command = pyvmm_command(Path("pyvmm"), guest)[1:]
     command[command.index("kvm")] = "nested"  # needs none
     assert cli.main([*command, "--dry-run"]) == 0
@@ -209,7 +220,9 @@ def test_no_peer(guest: MonitorProcess, peer: str) -> None:
         _work(guest, "echo 127.0.0.2 " + peer.split()[1], 100)
 
 
-@pytest.mark.parametrize("command", ["disk /dev/vda read", "echo", "nonsense 1 2", "echo host 1"])
+@pytest.mark.parametrize(
+    "command", ["disk /dev/vda read", "echo", "nonsense 1 2", "echo host 1", "inflate 0"]
+)
 def test_wrong_command(guest: MonitorProcess, command: str) -> None:
     with pytest.raises(GuestFailed, match="error: command: Invalid argument"):
         _work(guest, command, 100)
