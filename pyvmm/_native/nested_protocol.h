@@ -1,6 +1,6 @@
 /* What pyvmm.nested and the init of the emulated machine say to each other.
  *
- * Five virtio-serial ports, each an in-order byte stream with its own flow control. Data ports
+ * Six virtio-serial ports, each an in-order byte stream with its own flow control. Data ports
  * carry nothing but data; the control port carries one start message (host to machine, format in
  * pyvmm/nested/session.py) and then records of fixed size in both directions. A data stream ends
  * at the byte count that a record names, as a virtio-serial port itself has no end of file.
@@ -16,6 +16,7 @@ enum nested_port {
     PORT_STDOUT,
     PORT_STDERR,
     PORT_TERMINAL,
+    PORT_SOCKETS, /* not the init's: pyvmm/nested/forward.py has both ends */
 };
 
 enum nested_kind {

@@ -301,18 +301,12 @@ def _check_devices(config: VmConfig, reason: str) -> None:
 
 def _remarks_on_nested(config: VmConfig) -> list[str]:
     """What does not reach out of an emulated machine."""
-    remarks = []
-    if config.qmp is not None:
-        remarks.append(
-            "the control socket is inside the emulated machine, where this host's programs do not "
-            "reach it; 'pyvmm nested -- sh' is a shell in which 'pyvmm run' and 'pyvmm ctl' meet"
-        )
-    if any(net.hostfwd for net in config.nets):
-        remarks.append(
-            "the ports of hostfwd are those of the emulated machine, which this host's programs do "
-            "not reach; 'pyvmm nested -- sh' is a shell in which 'pyvmm run' and they meet"
-        )
-    return remarks
+    if not any(net.hostfwd for net in config.nets):
+        return []
+    return [
+        "the ports of hostfwd are those of the emulated machine, which this host's programs do "
+        "not reach; 'pyvmm nested -- sh' is a shell in which 'pyvmm run' and they meet"
+    ]
 
 
 def _why_not_kvm() -> str | None:
@@ -346,7 +340,15 @@ def _run_nested(config: VmConfig, argv: Sequence[str]) -> int:
         machine = machine.replace(memory=needed)
     # As `python -m pyvmm` would, without the time that runpy takes in an emulated machine.
     main = "from pyvmm.cli import entry; entry()"
-    return run_nested([sys.executable, "-P", "-c", main, "run", *argv, "--accel=kvm"], machine)
+    words = ["run", *argv, "--accel=kvm"]
+    control = None
+    if config.qmp is not None:
+        from pyvmm.nested.forward import INSIDE, MAIN
+
+        main = MAIN
+        words.append(f"--qmp=unix:{INSIDE}")
+        control = config.qmp.removeprefix("unix:")
+    return run_nested([sys.executable, "-P", "-c", main, *words], machine, control=control)
 
 
 def _run_here(config: VmConfig) -> int:

@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 __all__ = ["NestedConfig", "run_nested", "why_not"]
 
 
-def run_nested(argv: Sequence[str], config: NestedConfig | None = None) -> int:
+def run_nested(
+    argv: Sequence[str], config: NestedConfig | None = None, *, control: str | None = None
+) -> int:
     """Runs ``argv`` in an emulated machine with this process's streams, terminal and directory.
+
+    `control` is the path of a socket on which this process listens meanwhile: who connects to it
+    reaches the command's own one, if that is in `forward.inside`.
 
     Returns the command's exit status; 128 + n if signal n ended it, or if this process was told
     twice to end, by signal n. SIGINT, SIGTERM, SIGHUP and SIGQUIT go to the command.
@@ -31,6 +36,7 @@ def run_nested(argv: Sequence[str], config: NestedConfig | None = None) -> int:
     for it cannot be had, `GuestTimeout`.
     """
     from pyvmm.nested.bundle import bundle
+    from pyvmm.nested.forward import forwarding, listening
     from pyvmm.nested.session import Interrupted, MachineFailed, Session
 
     reason = why_not()
@@ -38,20 +44,24 @@ def run_nested(argv: Sequence[str], config: NestedConfig | None = None) -> int:
         raise NoKvmError(f"no emulated machine on this host: {reason}")
     config = config or NestedConfig()
     _open_missing_streams()
-    files = bundle()
-    deadline = None if config.timeout is None else time.monotonic() + config.timeout
-    for attempt in (1, 2):
-        with Machine(files, cpus=config.cpus, memory=config.memory) as machine:
-            session = Session(machine, argv, deadline=deadline)
-            try:
-                session.await_machine()
-                return session.run()
-            except Interrupted as interrupted:
-                return 128 + interrupted.number
-            except MachineFailed as failure:
-                if session.started or attempt == 2:
-                    raise
-                print(f"pyvmm nested: {failure}\npyvmm nested: trying again", file=sys.stderr)
+    with listening(control) as listener:
+        files = bundle()
+        deadline = None if config.timeout is None else time.monotonic() + config.timeout
+        for attempt in (1, 2):
+            with (
+                Machine(files, cpus=config.cpus, memory=config.memory) as machine,
+                forwarding(listener, machine),
+            ):
+                session = Session(machine, argv, deadline=deadline)
+                try:
+                    session.await_machine()
+                    return session.run()
+                except Interrupted as interrupted:
+                    return 128 + interrupted.number
+                except MachineFailed as failure:
+                    if session.started or attempt == 2:
+                        raise
+                    print(f"pyvmm nested: {failure}\npyvmm nested: trying again", file=sys.stderr)
     raise AssertionError("both attempts returned or raised")
 
 

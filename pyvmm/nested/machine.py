@@ -29,8 +29,8 @@ _RUST_VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd")
 _C_VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
 
 # Port numbers of nested_protocol.h.
-CONTROL, STDIN, STDOUT, STDERR, TERMINAL = range(1, 6)
-PORTS = (CONTROL, STDIN, STDOUT, STDERR, TERMINAL)
+CONTROL, STDIN, STDOUT, STDERR, TERMINAL, SOCKETS = range(1, 7)
+PORTS = (CONTROL, STDIN, STDOUT, STDERR, TERMINAL, SOCKETS)
 
 # TCG loses the flags now and then when a guest's CMPXCHG16B is interrupted, and the guest kernel
 # then dies of a double fault. The other features cost an emulated CPU time: a fifth level in each

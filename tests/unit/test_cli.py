@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -343,10 +343,16 @@ def kvm(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def nested(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Records what would run in an emulated machine: [(argv, its memory)]."""
-    runs: list[tuple[list[str], int]] = []
 
-    def run_nested(argv: list[str], config: Any) -> int:
+    class Runs(list[tuple[list[str], int]]):
+        control: ClassVar[list[str | None]] = []
+
+    runs = Runs()
+    runs.control.clear()
+
+    def run_nested(argv: list[str], config: Any, control: str | None) -> int:
         runs.append((argv, config.memory))
+        runs.control.append(control)
         return 80
 
     monkeypatch.setattr(pyvmm.nested, "run_nested", run_nested)
@@ -441,15 +447,20 @@ class TestRun:
         self, files: Any, kvm: Any, nested: Any, capsys: pytest.CaptureFixture[str]
     ) -> None:
         kvm("no SYSCALL")
-        arguments = [f"--kernel={files.kernel}", "--qmp=unix:s", "--net=user,hostfwd=tcp::0-:22"]
+        arguments = [f"--kernel={files.kernel}", "--net=user,hostfwd=tcp::0-:22"]
         assert cli.main(["run", *arguments]) == 80
-        there = "'pyvmm nested -- sh' is a shell in which 'pyvmm run' and"
         assert capsys.readouterr().err.splitlines()[1:] == [
-            "pyvmm: the control socket is inside the emulated machine, where this host's programs "
-            f"do not reach it; {there} 'pyvmm ctl' meet",
             "pyvmm: the ports of hostfwd are those of the emulated machine, which this host's "
-            f"programs do not reach; {there} they meet",
+            "programs do not reach; 'pyvmm nested -- sh' is a shell in which 'pyvmm run' and they "
+            "meet",
         ]
+
+    def test_the_control_socket_reaches_out_of_it(self, files: Any, kvm: Any, nested: Any) -> None:
+        kvm("no SYSCALL")
+        assert cli.main(["run", f"--kernel={files.kernel}", "--qmp=unix:s"]) == 80
+        argv, _ = nested[0]
+        assert argv[-2:] == ["--accel=kvm", "--qmp=unix:/run/pyvmm-qmp"]
+        assert nested.control == ["s"]
 
     def test_auto_says_why_it_goes_nested(
         self, files: Any, kvm: Any, nested: Any, capsys: pytest.CaptureFixture[str]

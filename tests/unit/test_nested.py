@@ -37,11 +37,11 @@ from pyvmm.nested import machine, session
 session._START_SECONDS = session._SILENCE_SECONDS = float(sys.argv[1])
 session._POLL_SECONDS = 0.1
 class Machine:
-    ports = dict(zip(machine.PORTS, (socket.socket(fileno=int(n)) for n in sys.argv[2:7])))
-    def is_whole(self): return sys.argv[8] == "whole"
+    ports = dict(zip(machine.PORTS, (socket.socket(fileno=int(n)) for n in sys.argv[4:])))
+    def is_whole(self): return sys.argv[3] == "whole"
     def diagnosis(self): return "  console.log: last words"
 import time
-deadline = time.monotonic() + float(sys.argv[7]) if sys.argv[7] else None
+deadline = time.monotonic() + float(sys.argv[2]) if sys.argv[2] else None
 run = session.Session(Machine(), ["command", "an argument", ""], deadline=deadline)
 try:
     run.await_machine()
@@ -90,7 +90,7 @@ def host(
     pairs = [socket.socketpair() for _ in PORTS]
     numbers = [theirs.fileno() for _, theirs in pairs]
     with subprocess.Popen(
-        [sys.executable, "-c", SESSION, str(patience), *map(str, numbers), deadline, state],
+        [sys.executable, "-c", SESSION, str(patience), deadline, state, *map(str, numbers)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -126,7 +126,7 @@ def test_the_protocol_is_that_of_the_header() -> None:
     text = HEADER.read_text()
     names = re.findall(r"^    (?:PORT|KIND)_(\w+)(?: = 1)?,", text, re.MULTILINE)
     ports, kinds = names[: len(PORTS)], names[len(PORTS) :]
-    assert [getattr(machine, name) for name in ports] == [1, 2, 3, 4, 5]
+    assert [getattr(machine, name) for name in ports] == list(PORTS)
     assert [getattr(session, f"_{name}") for name in kinds] == [1, 2, 3, 4, 5, 6, 7]
 
 
