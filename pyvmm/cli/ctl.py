@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pyvmm.control.client import QmpClient
 
 _EVENTS = "events"
-_PATHS = ("filename", "path")
+_PATHS = ("filename", "path", "unix", "connect")
 _EXAMPLES = """\
 examples:
   pyvmm run --image debian --qmp unix:vm.sock

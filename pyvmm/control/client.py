@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any, Self
 
-_GREETING_SECONDS = 10.0
+_GREETING_SECONDS = 30.0  # that an emulated machine may take to start
 
 
 class QmpClient:

@@ -12,7 +12,7 @@ import re
 
 from pyvmm.control.protocol import NEGOTIATE, QmpError
 from pyvmm.errors import PyvmmError
-from pyvmm.schema import suggest
+from pyvmm.schema import any_of, suggest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,18 +61,23 @@ if TYPE_CHECKING:
         def pause(self) -> None: ...
         def resume(self) -> None: ...
         def reset(self) -> None: ...
+        def wake(self) -> None: ...
         def request_stop(self, status: int = 0, reason: str = "") -> None: ...
         def press_power_button(self) -> None: ...
         def resize_disk(self, name: str, size: int | str | None = None) -> None: ...
         def limit_disk(self, name: str, *, iops: int = 0, bps: int | str = 0) -> None: ...
         def add_scsi_disk(self, **settings: Any) -> tuple[int, int]: ...
         def remove_scsi_disk(self, target: int, lun: int) -> None: ...
+        def add_port(self, name: str, **settings: Any) -> None: ...
+        def remove_port(self, name: str) -> None: ...
         def change_medium(self, name: str, path: str | None, *, force: bool = False) -> None: ...
         def set_link(self, index: int, up: bool) -> None: ...
 
 
-SCSI_DISK = "scsi-hd"
-SCSI_BUS = "scsi0.0"
+SCSI_DISK, SCSI_BUS = "scsi-hd", "scsi0.0"
+# Drivers of ports, and whether those are terminals.
+PORT_DRIVERS = {"virtserialport": False, "virtconsole": True}
+PORT_BUS = "virtio-serial0.0"
 _FILE_DRIVERS = ("file", "host_device")
 _TYPES = {"str": str, "int": int, "bool": bool, "list": list, "dict": dict}
 _TYPE_NAMES = {
@@ -137,7 +142,8 @@ class Control:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._nodes: dict[str, dict[str, Any]] = {}  # of blockdev-add: settings of disks
-        # Of device_add: what disks are called, and which node they are on.
+        self._backends: dict[str, dict[str, Any]] = {}  # of chardev-add: settings of ports
+        # Of device_add: the names of disks and ports by their ids, and the node or backend of each.
         self._ids: dict[str, str] = {}
         self._node_of: dict[str, str] = {}
 
@@ -147,6 +153,8 @@ class Control:
     def tell(self, event: Event) -> dict[str, Any]:
         """An event as clients see it."""
         data = dict(event.data)
+        if "id" in data:
+            data["id"] = self._id_of(str(data["id"]))
         if "device" in data:
             name = str(data["device"])
             data["device"] = self._id_of(name)
@@ -246,6 +254,13 @@ class Control:
     def quit(self) -> None:
         """end the guest at once, as pulling the plug does"""
         self._machine.request_stop(reason="host-qmp-quit")
+
+    @command("system_wakeup")
+    def system_wakeup(self) -> None:
+        """wake a guest that sleeps (S3)"""
+        if self._machine.state != "suspended":
+            raise QmpError("the guest does not sleep: there is nothing to wake")
+        self._machine.wake()
 
     @command("query-cpus-fast")
     def query_cpus_fast(self) -> list[dict[str, Any]]:
@@ -365,39 +380,88 @@ class Control:
             raise QmpError(f"node {node_name} is in use: device_del the disk first")
         del self._nodes[node_name]
 
+    @command("chardev-add")
+    def chardev_add(self, *, id: str, backend: dict[str, object]) -> None:
+        """name a socket or file, for device_add of a port; backend is JSON, as QEMU has it"""
+        if id in self._backends:
+            raise QmpError(f"there is a chardev {id} already: give another id")
+        self._backends[id] = _port_settings(backend)
+
+    @command("chardev-remove")
+    def chardev_remove(self, *, id: str) -> None:
+        """forget one of chardev-add"""
+        if id not in self._backends:
+            raise QmpError(f"there is no chardev {id!r} of chardev-add")
+        if id in self._node_of.values():
+            raise QmpError(f"chardev {id} is in use: device_del the port first")
+        del self._backends[id]
+
     @command("device_add")
-    def device_add(self, *, driver: str, id: str = "", **members: object) -> None:
-        """plug a SCSI disk in: driver=scsi-hd id=data path=data.img (or drive=NODE)"""
-        if driver != SCSI_DISK:
-            raise QmpError(f"there is no driver {driver!r} that can be plugged: give {SCSI_DISK}")
-        if id in self._ids or id in self._machine.disks:
+    def device_add(
+        self,
+        *,
+        driver: str,
+        id: str = "",
+        bus: str = "",
+        drive: str = "",
+        chardev: str = "",
+        **members: object,
+    ) -> None:
+        """plug a SCSI disk or a port in: driver=scsi-hd id=data path=data.img (or drive=NODE)"""
+        if driver != SCSI_DISK and driver not in PORT_DRIVERS:
+            known = any_of([SCSI_DISK, *PORT_DRIVERS])
+            raise QmpError(f"there is no driver {driver!r} that can be plugged: give {known}")
+        if id in (*self._ids, *self._machine.disks, *self._machine.ports):
             raise QmpError(f"there is a device {id} already: give another id")
-        bus = members.pop("bus", SCSI_BUS)
-        if bus != SCSI_BUS:
-            raise QmpError(f"there is no bus {bus!r}: leave it out, or give {SCSI_BUS}")
-        node = members.pop("drive", None)
-        if "scsi_id" in members:
-            members["target"] = members.pop("scsi_id")
-        if node is not None:
-            if node not in self._nodes:
-                raise _not_found("node", str(node), list(self._nodes))
-            if node in self._node_of.values():
-                raise QmpError(f"node {node} is in use by another disk")
-            members = {**self._nodes[str(node)], **members}
-        _disk_config(members, "device_add")
-        target, lun = self._machine.add_scsi_disk(**members)
-        name = f"{target}:{lun}"
+        known = SCSI_BUS if driver == SCSI_DISK else PORT_BUS
+        if bus not in ("", known):
+            raise QmpError(f"there is no bus {bus!r}: leave it out, or give {known}")
+        if driver == SCSI_DISK:
+            name = self._add_disk({**self._node("node", drive, self._nodes), **members})
+        else:
+            members = {"name": id, **self._node("chardev", chardev, self._backends), **members}
+            name = self._add_port(members | ({"console": True} if PORT_DRIVERS[driver] else {}))
         if id:
             self._ids[id] = name
-        if node is not None:
-            self._node_of[name] = str(node)
+        if drive or chardev:
+            self._node_of[name] = drive or chardev
+
+    def _node(self, what: str, name: str, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """The settings of what was named before, if `name` is not empty. QmpError."""
+        if not name:
+            return {}
+        if name not in known:
+            raise _not_found(what, name, list(known))
+        if name in self._node_of.values():
+            raise QmpError(f"{what} {name} is in use by another device")
+        return known[name]
+
+    def _add_disk(self, settings: dict[str, Any]) -> str:
+        if "scsi_id" in settings:
+            settings["target"] = settings.pop("scsi_id")
+        _disk_config(settings, "device_add")
+        target, lun = self._machine.add_scsi_disk(**settings)
+        return f"{target}:{lun}"
+
+    def _add_port(self, settings: dict[str, Any]) -> str:
+        from pyvmm.config import PortConfig
+        from pyvmm.schema import Source
+
+        config = PortConfig.from_table(settings, Source("device_add"))
+        self._machine.add_port(**settings)
+        return config.name
 
     @command("device_del")
     def device_del(self, *, id: str) -> None:
-        """unplug a SCSI disk: id=data, or id=TARGET:LUN"""
+        """unplug a SCSI disk or a port: id=data, id=TARGET:LUN, id=NAME"""
+        port = self._ids.get(id, id)
+        if port in self._machine.ports:
+            self._machine.remove_port(port)
+            return
         name = self._find_disk(id)
         if ":" not in name:
-            raise QmpError(f"{id} cannot be unplugged while the guest runs: only SCSI disks can")
+            what = "only SCSI disks and ports can"
+            raise QmpError(f"{id} cannot be unplugged while the guest runs: {what}")
         target, lun = name.split(":")
         self._machine.remove_scsi_disk(int(target), int(lun))
 
@@ -423,7 +487,11 @@ class Control:
             for label, (config, chardev) in devices.items()
         ]
         return consoles + [
-            {"label": name, "filename": port.address, "frontend-open": port.guest_open}
+            {
+                "label": self._id_of(name),
+                "filename": port.address,
+                "frontend-open": port.guest_open,
+            }
             for name, port in machine.ports.items()
         ]
 
@@ -477,6 +545,23 @@ def _disk_settings(driver: str, members: dict[str, Any]) -> dict[str, Any]:
     for member in members:
         raise QmpError(f"blockdev-add knows no member {member.replace('_', '-')!r} of an image")
     return settings
+
+
+def _port_settings(backend: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a port of what chardev-add says of it. QmpError."""
+    match backend:
+        case {
+            "type": "socket",
+            "data": {"addr": {"type": "unix", "data": {"path": str(path)}}, **rest},
+        } if rest.keys() <= {"server", "wait", "reconnect"} and not rest.get("wait"):
+            return {"unix" if rest.get("server", True) else "connect": path}
+        case {"type": "file", "data": {"out": str(path), **rest}} if not rest:
+            return {"file": path}
+    raise QmpError(
+        "the backend of chardev-add is a Unix socket or a file that gets output: "
+        'backend={"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": PATH}}, '
+        '"server": true, "wait": false}}'
+    )
 
 
 def _disk_config(settings: dict[str, Any], command: str) -> DiskConfig:

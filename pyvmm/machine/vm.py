@@ -189,7 +189,7 @@ class VM:
         suspended, guest-panicked or shutdown."""
         if self._supervisor is None:
             return "prelaunch"
-        if self._ended.is_set():
+        if self.outcome is not None:
             return "shutdown"
         if self._panic_deadline is not None:
             return "guest-panicked"
@@ -361,6 +361,7 @@ class VM:
         """Takes a port away from the guest and ends its connection. UsageError when there is no
         such port."""
         self._ports().remove(name)
+        self._listeners.tell("DEVICE_DELETED", device=name)
 
     @property
     def ports(self) -> dict[str, PortState]:

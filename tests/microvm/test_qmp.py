@@ -161,6 +161,28 @@ def test_a_medium(boot: Boot, path: Path, images: list[Path]) -> None:
         assert "inserted" not in client.execute("query-block")[0]
 
 
+def test_ports(boot: Boot, path: Path, tmp_path: Path) -> None:
+    vm, _ = boot(ports=["first"])
+    with RawClient(path) as client:
+        socket = tmp_path / "port"
+        client.execute("device_add", driver="virtserialport", id="p", name="x", unix=str(socket))
+        assert set(vm.ports) == {"first", "x"}
+        assert socket.is_socket()
+        ports = client.execute("query-chardev")[-2:]
+        assert [(port["label"], port["frontend-open"]) for port in ports] == [
+            ("first", False),
+            ("p", False),
+        ]
+        assert ports[1]["filename"] == f"unix:{socket}"
+        client.execute("device_del", id="p")
+        assert client.event("DEVICE_DELETED")["data"]["device"] == "p"
+        assert not socket.exists()
+        client.execute("device_del", id="first")
+        assert vm.ports == {}
+        awake = client.refusal("system_wakeup")
+        assert awake == ("GenericError", "the guest does not sleep: there is nothing to wake")
+
+
 def test_links_and_threads(boot: Boot, path: Path) -> None:
     vm, _ = boot(nets=["user"], cpus=2)
     with RawClient(path) as client:

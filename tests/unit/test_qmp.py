@@ -13,12 +13,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.mmio_driver import wait_until
 from support.qmp_client import RawClient, error_of
 
 from pyvmm.config import ChardevConfig, DiskConfig, VmConfig
 from pyvmm.control import server as server_module
-from pyvmm.control.commands import COMMANDS
+from pyvmm.control.commands import COMMANDS, Control
+from pyvmm.control.protocol import QmpError, encode
 from pyvmm.control.server import MAX_CLIENTS, QmpServer
 from pyvmm.errors import UsageError
 from pyvmm.machine.events import Event
@@ -51,7 +54,7 @@ class FakeMachine:
             ),
         }
         self.ports: dict[str, Any] = {
-            "org.qemu.guest_agent.0": SimpleNamespace(address="unix:/a", guest_open=False)
+            "agent": SimpleNamespace(address="unix:/a", guest_open=False),
         }
         self.cdroms: dict[str, Any] = {
             "cd0": SimpleNamespace(path=None, tray_open=True, locked=False),
@@ -88,6 +91,14 @@ class FakeMachine:
     def remove_scsi_disk(self, target: int, lun: int) -> None:
         del self.disks[f"{target}:{lun}"]
         self.tell("DEVICE_DELETED", device=f"{target}:{lun}")
+
+    def add_port(self, name: str, **settings: Any) -> None:
+        self.calls.append(("add_port", name, settings))
+        self.ports[name] = SimpleNamespace(address="pty", guest_open=True)
+
+    def remove_port(self, name: str) -> None:
+        del self.ports[name]
+        self.tell("DEVICE_DELETED", device=name)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         def call(*args: object, **keywords: object) -> None:
@@ -245,6 +256,39 @@ class TestArguments:
         assert client.refusal(command, **arguments) == (kind, sentence)
 
 
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+NAMES = ["vda", "0:3", "cd0", "net0", "agent", "scsi-hd", "virtserialport", "raw", "file"]
+OPEN = "drive chardev bus scsi-id lun serial cache file filename read-only unix discard path"
+words = sorted({word for command in COMMANDS.values() for word in command.arguments})
+words += OPEN.split()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(sorted(COMMANDS.keys() - {"quit", "system_reset", "qmp_capabilities"})),
+    st.booleans(),
+    st.dictionaries(st.sampled_from(words), json_values | st.sampled_from(NAMES)),
+)
+def test_any_arguments_are_answered_without_a_defect(
+    name: str, plug: bool, arguments: dict[str, object]
+) -> None:
+    if plug:
+        name, driver = "device_add", "virtserialport" if "name" in arguments else "scsi-hd"
+        arguments = {**arguments, "driver": driver, "id": "x"}
+    control = Control(FakeMachine())  # type: ignore[arg-type]
+    try:
+        command, read = control.find(name, arguments, True)
+        encode({"return": control.execute(command, read)})
+    except QmpError as error:
+        assert "a defect in pyvmm" not in str(error)
+
+
 class TestCommands:
     def test_each_has_a_line_of_help(self) -> None:
         for command in COMMANDS.values():
@@ -260,6 +304,12 @@ class TestCommands:
         assert client.execute("query-status") == {"status": "running", "running": True}
         machine.state = "io-error"
         assert client.execute("query-status") == {"status": "io-error", "running": False}
+
+    def test_a_guest_that_sleeps_is_woken(self, client: RawClient, machine: FakeMachine) -> None:
+        machine.state = "suspended"
+        assert client.execute("query-status") == {"status": "suspended", "running": False}
+        client.execute("system_wakeup")
+        assert machine.calls == [("wake",)]
 
     def test_simple_ones_reach_the_machine(self, client: RawClient, machine: FakeMachine) -> None:
         client.execute("system_powerdown")
@@ -309,7 +359,7 @@ class TestCommands:
             (
                 "device_del",
                 {"id": "vda"},
-                "vda cannot be unplugged while the guest runs: only SCSI disks can",
+                "vda cannot be unplugged while the guest runs: only SCSI disks and ports can",
             ),
             (
                 "block_set_io_throttle",
@@ -319,7 +369,8 @@ class TestCommands:
             (
                 "device_add",
                 {"driver": "usb-host"},
-                "there is no driver 'usb-host' that can be plugged: give scsi-hd",
+                "there is no driver 'usb-host' that can be plugged: give scsi-hd, virtserialport "
+                "or virtconsole",
             ),
             (
                 "device_add",
@@ -341,6 +392,29 @@ class TestCommands:
                 {"driver": "scsi-hd", "path": "x", "lun": -1},
                 "device_add: lun=-1 is out of range: give a whole number from 0 to 16383",
             ),
+            (
+                "device_add",
+                {"driver": "virtserialport", "id": "agent"},
+                "there is a device agent already: give another id",
+            ),
+            (
+                "device_add",
+                {"driver": "virtserialport", "id": "x", "unix": "a", "file": "b"},
+                "device_add: port x is connected to both unix and file: give one of them",
+            ),
+            (
+                "chardev-add",
+                {"id": "x", "backend": {"type": "socket", "data": {}}},
+                "the backend of chardev-add is a Unix socket or a file that gets output: "
+                'backend={"type": "socket", "data": {"addr": {"type": "unix", "data": '
+                '{"path": PATH}}, "server": true, "wait": false}}',
+            ),
+            (
+                "chardev-remove",
+                {"id": "x"},
+                "there is no chardev 'x' of chardev-add",
+            ),
+            ("system_wakeup", {}, "the guest does not sleep: there is nothing to wake"),
             ("blockdev-del", {"node-name": "x"}, "there is no node 'x' of blockdev-add"),
             (
                 "blockdev-add",
@@ -406,7 +480,7 @@ class TestCommands:
         assert client.execute("query-chardev") == [
             {"label": "serial0", "filename": "pty:/dev/pts/7", "frontend-open": True},
             {"label": "console0", "filename": "unix:/c", "frontend-open": True},
-            {"label": "org.qemu.guest_agent.0", "filename": "unix:/a", "frontend-open": False},
+            {"label": "agent", "filename": "unix:/a", "frontend-open": False},
         ]
 
     def test_query_cpus(self, client: RawClient) -> None:
@@ -447,7 +521,7 @@ class TestPlugging:
         assert client.execute("query-block")[2]["inserted"]["node-name"] == "n"
         assert client.refusal("device_add", driver="scsi-hd", drive="n") == (
             "GenericError",
-            "node n is in use by another disk",
+            "node n is in use by another device",
         )
         assert client.refusal("blockdev-del", node_name="n") == (
             "GenericError",
@@ -458,6 +532,55 @@ class TestPlugging:
         client.execute("device_del", id="d")
         client.execute("blockdev-del", node_name="n")
         assert client.refusal("blockdev-del", node_name="n")[0] == "GenericError"
+
+    def test_a_port_of_its_own_settings(self, client: RawClient, machine: FakeMachine) -> None:
+        settings = {"name": "org.x", "unix": "/s"}
+        client.execute("device_add", driver="virtserialport", id="p", **settings)
+        assert machine.calls == [("add_port", "org.x", {"unix": "/s"})]
+        assert client.execute("query-chardev")[-1] == {
+            "label": "p",
+            "filename": "pty",
+            "frontend-open": True,
+        }
+        machine.tell("VSERPORT_CHANGE", id="org.x", open=True)
+        assert client.event("VSERPORT_CHANGE")["data"] == {"id": "p", "open": True}
+        client.execute("device_del", id="p")
+        assert client.event("DEVICE_DELETED")["data"]["device"] == "p"
+        client.execute("device_add", driver="virtconsole", name="org.x", pty=True)
+        assert machine.calls[-1] == ("add_port", "org.x", {"pty": True, "console": True})
+        client.execute("device_del", id="org.x")
+        client.execute("device_del", id="agent")
+        assert machine.ports == {}
+
+    def test_a_port_on_a_character_device(self, client: RawClient, machine: FakeMachine) -> None:
+        address = {"type": "unix", "data": {"path": "/s"}}
+        listening = {"type": "socket", "data": {"addr": address, "server": True, "wait": False}}
+        connecting = {"type": "socket", "data": {"addr": address, "server": False}}
+        file = {"type": "file", "data": {"out": "/f"}}
+        for id, backend, expected in (
+            ("a", listening, {"unix": "/s"}),
+            ("b", connecting, {"connect": "/s"}),
+            ("c", file, {"file": "/f"}),
+        ):
+            client.execute("chardev-add", id=id, backend=backend)
+            same = client.refusal("chardev-add", id=id, backend=backend)
+            assert same[1] == f"there is a chardev {id} already: give another id"
+            client.execute("device_add", driver="virtserialport", id=f"port-{id}", chardev=id)
+            assert machine.calls[-1] == ("add_port", f"port-{id}", expected)
+            assert client.refusal("device_add", driver="virtserialport", id="y", chardev=id) == (
+                "GenericError",
+                f"chardev {id} is in use by another device",
+            )
+            assert client.refusal("chardev-remove", id=id) == (
+                "GenericError",
+                f"chardev {id} is in use: device_del the port first",
+            )
+            client.execute("device_del", id=f"port-{id}")
+            client.execute("chardev-remove", id=id)
+        assert client.refusal("device_add", driver="virtserialport", id="y", chardev="z") == (
+            "DeviceNotFound",
+            "there is no chardev 'z' (there: none)",
+        )
 
     def test_one_that_was_there_from_the_start(self, client: RawClient) -> None:
         client.execute("device_del", id="0:3")
