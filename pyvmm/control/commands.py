@@ -38,6 +38,21 @@ if TYPE_CHECKING:
         address: str
         guest_open: bool
 
+    class Statistics(Protocol):
+        """As `virtio.balloon.Statistics`."""
+
+        values: dict[str, int]
+        time: float
+
+    class Balloon(Protocol):
+        """As `machine.balloon.Balloon`."""
+
+        @property
+        def actual(self) -> int: ...
+        @property
+        def stats(self) -> Statistics | None: ...
+        def set_target(self, size: int) -> None: ...
+
     class Machine(Protocol):
         """What is asked of the machine; `machine.vm.VM` has it."""
 
@@ -46,6 +61,8 @@ if TYPE_CHECKING:
         serial: Chardev
         console: Chardev
 
+        @property
+        def balloon(self) -> Balloon | None: ...
         @property
         def state(self) -> str: ...
         @property
@@ -77,6 +94,7 @@ if TYPE_CHECKING:
 SCSI_DISK, SCSI_BUS = "scsi-hd", "scsi0.0"
 # Drivers of ports, and whether those are terminals.
 PORT_DRIVERS = {"virtserialport": False, "virtconsole": True}
+BALLOON = "/machine/peripheral/balloon0"
 PORT_BUS = "virtio-serial0.0"
 _FILE_DRIVERS = ("file", "host_device")
 _TYPES = {"str": str, "int": int, "bool": bool, "list": list, "dict": dict}
@@ -274,6 +292,37 @@ class Control:
             }
             for index, thread in enumerate(self._machine.cpu_threads)
         ]
+
+    # The balloon
+
+    @command("query-balloon")
+    def query_balloon(self) -> dict[str, int]:
+        """tell how much memory the guest has"""
+        return {"actual": self._balloon().actual}
+
+    @command("balloon")
+    def balloon(self, *, value: int) -> None:
+        """ask the guest to have so much memory: value=300M"""
+        self._balloon().set_target(value)
+
+    @command("qom-get")
+    def qom_get(self, *, path: str, property: str) -> dict[str, Any]:
+        """tell its statistics: path=/machine/peripheral/balloon0 property=guest-stats"""
+        if (path, property) != (BALLOON, "guest-stats"):
+            raise QmpError(f"there is no {property!r} of {path!r}: give guest-stats of {BALLOON}")
+        statistics = self._balloon().stats
+        if statistics is None:
+            raise QmpError("the guest has told nothing (yet): --balloon stats=2 asks it every 2 s")
+        values = {f"stat-{name.replace('_', '-')}": n for name, n in statistics.values.items()}
+        return {"stats": values, "last-update": int(statistics.time)}
+
+    def _balloon(self) -> Balloon:
+        balloon = self._machine.balloon
+        if balloon is None:
+            raise QmpError(
+                "this machine has no balloon: start it with --balloon", "DeviceNotActive"
+            )
+        return balloon
 
     # Disks
 

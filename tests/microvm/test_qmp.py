@@ -161,6 +161,20 @@ def test_a_medium(boot: Boot, path: Path, images: list[Path]) -> None:
         assert "inserted" not in client.execute("query-block")[0]
 
 
+def test_a_balloon(boot: Boot, path: Path) -> None:
+    vm, _ = boot(memory="64M", balloon="stats=1")
+    with RawClient(path) as client:
+        assert client.execute("query-balloon") == {"actual": 64 * MIB}
+        client.execute("balloon", value=48 * MIB)
+        assert vm.balloon is not None
+        assert vm.balloon.target == 48 * MIB
+        kind, sentence = client.refusal("balloon", value=MIB)
+        assert (kind, sentence) == (
+            "GenericError",
+            "balloon target 1048576 is too small: the least is 32M (for mebibytes write 1048576M)",
+        )
+
+
 def test_ports(boot: Boot, path: Path, tmp_path: Path) -> None:
     vm, _ = boot(ports=["first"])
     with RawClient(path) as client:

@@ -53,6 +53,7 @@ class FakeMachine:
                 fake_image("b.qcow2", format="qcow2", readonly=True),
             ),
         }
+        self.balloon: Any = None
         self.ports: dict[str, Any] = {
             "agent": SimpleNamespace(address="unix:/a", guest_open=False),
         }
@@ -310,6 +311,44 @@ class TestCommands:
         assert client.execute("query-status") == {"status": "suspended", "running": False}
         client.execute("system_wakeup")
         assert machine.calls == [("wake",)]
+
+    def test_the_balloon(self, client: RawClient, machine: FakeMachine) -> None:
+        targets: list[int] = []
+        balloon = SimpleNamespace(actual=300 * MIB, stats=None, set_target=targets.append)
+        machine.balloon = balloon
+        assert client.execute("query-balloon") == {"actual": 300 * MIB}
+        client.execute("balloon", value=200 * MIB)
+        assert targets == [200 * MIB]
+        stats = {"path": "/machine/peripheral/balloon0", "property": "guest-stats"}
+        assert client.refusal("qom-get", **stats) == (
+            "GenericError",
+            "the guest has told nothing (yet): --balloon stats=2 asks it every 2 s",
+        )
+        balloon.stats = SimpleNamespace(values={"free_memory": 7, "swap_in": 0}, time=12.5)
+        assert client.execute("qom-get", **stats) == {
+            "stats": {"stat-free-memory": 7, "stat-swap-in": 0},
+            "last-update": 12,
+        }
+        assert client.refusal("qom-get", path="/machine", property="type") == (
+            "GenericError",
+            "there is no 'type' of '/machine': give guest-stats of /machine/peripheral/balloon0",
+        )
+
+    @pytest.mark.parametrize(
+        ("command", "arguments"),
+        [
+            ("query-balloon", {}),
+            ("balloon", {"value": 1}),
+            ("qom-get", {"path": "/machine/peripheral/balloon0", "property": "guest-stats"}),
+        ],
+    )
+    def test_no_balloon(
+        self, client: RawClient, command: str, arguments: dict[str, object]
+    ) -> None:
+        assert client.refusal(command, **arguments) == (
+            "DeviceNotActive",
+            "this machine has no balloon: start it with --balloon",
+        )
 
     def test_simple_ones_reach_the_machine(self, client: RawClient, machine: FakeMachine) -> None:
         client.execute("system_powerdown")
