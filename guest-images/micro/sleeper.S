@@ -5,6 +5,7 @@
 #      status (in hexadecimal), and then follows letters in real mode
 #   a  have the real-time clock's alarm go off each second and wake the machine, and sleep
 #   n  sleep without a waking vector
+#   h  halt
 #   p  power off
 #
 # A vmlinux for pyvmm: entered at _start in 64-bit mode. The ports are those of pyvmm/layout.py.
@@ -48,6 +49,8 @@ next:
     je alarm
     cmp $'n', %al
     je sleep_for_good
+    cmp $'h', %al
+    je halt
     cmp $'p', %al
     je power_off
     jmp next
@@ -65,6 +68,11 @@ clock:
     mov $'k', %al
     call put
     jmp next
+
+halt:
+    cli
+    hlt
+    jmp halt
 
 alarm:
     mov $1, %al                     # seconds, minutes and hours of the alarm: any

@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/ioctl.h>
 
 /* Any signal with a handler interrupts KVM_RUN; this one nobody else uses. */
@@ -24,6 +25,7 @@ struct vcpu {
     /* A string instruction (INS/OUTS) exits once for many elements: the next one to serve. */
     uint32_t element;
     struct vcpu_io io;
+    bool has_exit; /* KVM_RUN has returned one that run_guest has not seen */
     int error;
     struct vcpu_counters counters;
 };
@@ -126,7 +128,9 @@ static enum vcpu_result run_guest(struct vcpu *vcpu)
     if (vcpu->element && !serve_pio(vcpu))
         return VCPU_IO;
     for (;;) {
-        if (ioctl(vcpu->fd, KVM_RUN, 0) < 0) {
+        if (vcpu->has_exit) {
+            vcpu->has_exit = false;
+        } else if (ioctl(vcpu->fd, KVM_RUN, 0) < 0) {
             /* EAGAIN: an application processor that was woken before its start-up IPI. */
             if (errno != EINTR && errno != EAGAIN) {
                 vcpu->error = errno;
@@ -170,6 +174,47 @@ enum vcpu_result vcpu_run(struct vcpu *vcpu)
     vcpu->running = false;
     pthread_mutex_unlock(&vcpu->lock);
     return result;
+}
+
+/* KVM looks at requests before it looks at signals, and at immediate_exit before either: so a signal
+ * that is pending when KVM_RUN begins, which takes a mask that lets it in only there. */
+static void run_with_signal(struct vcpu *vcpu)
+{
+    enum { SIGSET_SIZE = 8 }; /* the kernel's */
+    struct kvm_signal_mask header = {.len = SIGSET_SIZE};
+    uint8_t mask[sizeof(header) + SIGSET_SIZE];
+    sigset_t kick;
+    sigset_t before;
+
+    sigemptyset(&kick);
+    sigaddset(&kick, KICK_SIGNAL);
+    pthread_sigmask(SIG_BLOCK, &kick, &before);
+    memcpy(mask, &header, sizeof(header));
+    memcpy(mask + sizeof(header), &before, SIGSET_SIZE);
+    if (ioctl(vcpu->fd, KVM_SET_SIGNAL_MASK, mask) == 0) {
+        pthread_kill(pthread_self(), KICK_SIGNAL);
+        vcpu->has_exit = ioctl(vcpu->fd, KVM_RUN, 0) == 0;
+        ioctl(vcpu->fd, KVM_SET_SIGNAL_MASK, NULL);
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+void vcpu_settle(struct vcpu *vcpu)
+{
+    struct kvm_mp_state runnable = {.mp_state = KVM_MP_STATE_RUNNABLE};
+    struct kvm_mp_state before;
+
+    if (vcpu->has_exit || ioctl(vcpu->fd, KVM_GET_MP_STATE, &before) < 0)
+        return;
+    bool halted = before.mp_state == KVM_MP_STATE_HALTED;
+    if (!halted && before.mp_state != KVM_MP_STATE_RUNNABLE)
+        return; /* it waits for its start-up IPI */
+    /* Requests of a halted vCPU wait for an interrupt. */
+    if (halted && ioctl(vcpu->fd, KVM_SET_MP_STATE, &runnable) < 0)
+        return;
+    run_with_signal(vcpu);
+    if (halted)
+        ioctl(vcpu->fd, KVM_SET_MP_STATE, &before);
 }
 
 const struct vcpu_io *vcpu_pending_io(const struct vcpu *vcpu)

@@ -45,6 +45,10 @@ void vcpu_destroy(struct vcpu *vcpu);
 /* Runs the guest on the calling thread until something is Python's. */
 enum vcpu_result vcpu_run(struct vcpu *vcpu);
 
+/* Has KVM do what was asked of it for the next entry, such as to rewrite the page of kvmclock, without
+ * executing code of the guest. On the thread of vcpu_run, between two of its calls. */
+void vcpu_settle(struct vcpu *vcpu);
+
 /* Makes the current or the next vcpu_run return VCPU_KICKED, soon. Any thread. */
 void vcpu_kick(struct vcpu *vcpu);
 

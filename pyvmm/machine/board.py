@@ -145,6 +145,9 @@ class Board:
             self._stopped_clock.start(self.vm, catch_up=catch_up)
             self._stopped_clock = None
             tell_paused(vcpu.handle for vcpu in self.vcpus)
+            # The vDSO of Linux reads the page of vCPU 0 on each vCPU.
+            for vcpu in self.vcpus:
+                vcpu.settle()
         for vcpu in self.vcpus:
             vcpu.resume()
 

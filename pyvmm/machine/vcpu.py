@@ -49,6 +49,8 @@ class VcpuThread:
         self._paused = False
         self._stopping = False
         self._parked = False
+        self._waiting = False  # to go on
+        self._settling = False
         self._thread = threading.Thread(target=self._main, name=f"vcpu{index}", daemon=True)
 
     def start(self) -> None:
@@ -61,6 +63,14 @@ class VcpuThread:
             self._paused = True
             lib.vcpu_kick(self._native)
             self._state.wait_for(lambda: self._parked or self._thread.ident is None)
+
+    def settle(self) -> None:
+        """Has KVM prepare a paused vCPU for what follows, but execute nothing: see vcpu_settle."""
+        with self._state:
+            if self._waiting:
+                self._settling = True
+                self._state.notify_all()
+                self._state.wait_for(lambda: not self._settling)
 
     def resume(self) -> None:
         """Lets a paused vCPU go on; idempotent."""
@@ -123,8 +133,13 @@ class VcpuThread:
 
     def _park(self) -> bool:
         with self._state:
-            self._parked = True
+            self._parked = self._waiting = True
             self._state.notify_all()
-            self._state.wait_for(lambda: self._stopping or not self._paused)
-            self._parked = False
+            while not self._stopping and self._paused:
+                self._state.wait()
+                if self._settling:
+                    lib.vcpu_settle(self._native)
+                    self._settling = False
+                    self._state.notify_all()
+            self._parked = self._waiting = False
             return not self._stopping

@@ -12,6 +12,7 @@ import pytest
 from pyvmm.config import ChardevConfig, VmConfig
 from pyvmm.errors import ExitStatus
 from pyvmm.guest.console import GuestConsole
+from pyvmm.kvm import _generated_uapi as uapi
 from pyvmm.machine.vm import VM
 
 # Where guest-images/micro/sleeper.S has its clock, a struct pvclock_vcpu_time_info.
@@ -93,20 +94,36 @@ class TestPause:
         vm, console = boot(cpus=2)  # one of which has no kvmclock
         console.send(b"k")
         console.expect(b"k", timeout=10)
-        assert vm._board is not None
-        page = vm._board.memory.view(PVCLOCK, 32)
+        board = vm._board
+        assert board is not None
         # version, padding, TSC, system time, multiplier, shift, flags
         layout = struct.Struct("<IIQQIbB")
-        version, _, _, _, multiplier, _, flags = layout.unpack_from(page)
+
+        def page() -> tuple[int, int, int]:
+            """Version, multiplier and flags."""
+            data = bytes(board.memory.view(PVCLOCK, layout.size))
+            version, _, _, _, multiplier, _, flags = layout.unpack(data)
+            return version, multiplier, flags
+
+        version, multiplier, flags = page()
         assert version > 0
         assert multiplier > 0
         assert not flags & GUEST_STOPPED
+        # Also one that executes nothing, as others may look at its page.
+        console.send(b"h")
+        handle = board.vcpus[0].handle
         vm.pause()
+        while handle.get_mp_state() != uapi.KVM_MP_STATE_HALTED:
+            vm.resume()
+            time.sleep(0.01)
+            vm.pause()
+        before = page()
         vm.resume()
-        deadline = time.monotonic() + 10
-        while not layout.unpack_from(page)[-1] & GUEST_STOPPED:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        version, _, flags = page()
+        assert version > before[0]
+        assert flags & GUEST_STOPPED
+        vm.pause()
+        assert handle.get_mp_state() == uapi.KVM_MP_STATE_HALTED
 
 
 class TestSleep:
