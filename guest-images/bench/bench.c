@@ -12,10 +12,10 @@
  *     echo ADDRESS PORT MS           sends a byte and awaits its echo, again and again
  *     datagrams ADDRESS PORT MS      sends UDP datagrams of 64 bytes; those count that arrive
  *     inflate MIB MS     touches all free memory, and has the balloon's driver fill it with so much
- *     deflate MIB MS     has the driver let that go again
+ *     deflate MIB MS     has the driver let go what it has
  *
- *                   Each prints "start", works for MS milliseconds (that long at most, with a
- *                   balloon), and prints "done COUNT MICROSECONDS". COUNT is of requests, bytes,
+ *                   Each prints "start", works for MS milliseconds (inflates that
+ *                   long at most), and prints "done COUNT MICROSECONDS". COUNT is of requests, bytes,
  *                   echoes or datagrams, and that of bytes and datagrams is the receiver's. "ready"
  *                   awaits a line.
  *
@@ -551,7 +551,7 @@ static void tell_driver(const char *what)
 static void balloon(int inflate, const char *arguments)
 {
     unsigned long long mib, limit_ms;
-    uint64_t start, before, now;
+    uint64_t start, before;
 
     if (sscanf(arguments, "%llu %llu", &mib, &limit_ms) != 2 || !mib) {
         errno = EINVAL;
@@ -563,10 +563,14 @@ static void balloon(int inflate, const char *arguments)
     before = meminfo("MemTotal");
     start = now_us();
     tell_driver(inflate ? "bind" : "unbind");
-    /* It fills in the background, and empties before it leaves. */
-    do {
-        now = meminfo("MemTotal");
-        if ((inflate ? before - now : now - before) >= mib << 20) {
+    if (!inflate) { /* it empties before it leaves */
+        uint64_t elapsed = now_us() - start;
+
+        done(meminfo("MemTotal") - before, elapsed);
+        return;
+    }
+    do { /* it fills in the background */
+        if (before - meminfo("MemTotal") >= mib << 20) {
             done(mib << 20, now_us() - start);
             return;
         }

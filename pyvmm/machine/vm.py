@@ -468,7 +468,7 @@ class VM:
         from pyvmm.machine.balloon import Balloon
 
         balloon = Balloon(
-            config, self.config.memory, self._listeners.tell, paused=lambda: self._paused
+            config, self.config.memory, self._listeners.tell, lambda: self.state != "running"
         )
         stack.callback(balloon.close)
         balloon.start()

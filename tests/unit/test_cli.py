@@ -431,6 +431,25 @@ class TestRun:
             f"\npyvmm: the guest sleeps; to wake it: kill -CONT {os.getpid()}\n"
         ) in capsys.readouterr().err
 
+    def test_a_guest_that_lends_no_more_is_told_of(
+        self, machine: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        vm = machine(None)
+        vm.balloon = SimpleNamespace(
+            actual=400 << 20, target=300 << 20, device=SimpleNamespace(ready=True)
+        )
+
+        def stall() -> None:
+            vm.listener(Event("BALLOON_STALLED", {"actual": 400 << 20, "target": 300 << 20}))
+            vm.stop(0)
+
+        threading.Timer(0.2, stall).start()
+        assert cli.main(["run", "--kernel=k", "--accel=kvm"]) == 0
+        assert (
+            "\npyvmm: the guest has 400M of memory and is to have 300M, but gives no more: "
+            "it cannot spare the rest\n"
+        ) in capsys.readouterr().err
+
     def test_a_signal_before_the_guest_runs_is_not_lost(self, machine: Any) -> None:
         vm = machine(None)
         vm.start = lambda: os.kill(os.getpid(), signal.SIGTERM)
