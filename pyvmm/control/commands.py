@@ -7,7 +7,6 @@ reference gives for them, as far as they are known here.
 
 from __future__ import annotations
 
-import os
 import re
 
 from pyvmm.control.protocol import NEGOTIATE, QmpError
@@ -340,7 +339,7 @@ class Control:
                 "removable": True,
                 "locked": drive.locked,
                 "tray_open": drive.tray_open,
-                **({} if drive.path is None else {"inserted": _medium(name, drive.path)}),
+                **({} if drive.path is None else {"inserted": _medium(name, drive)}),
             }
             for name, drive in machine.cdroms.items()
         ]
@@ -621,14 +620,14 @@ def _disk_config(settings: dict[str, Any], command: str) -> DiskConfig:
     return DiskConfig.from_table({**settings, "bus": "scsi"}, Source(command))
 
 
-def _medium(name: str, path: str) -> dict[str, Any]:
+def _medium(name: str, drive: ScsiCdrom) -> dict[str, Any]:
     return {
-        "file": path,
+        "file": drive.path,
         "node-name": name,
         "drv": "raw",
         "ro": True,
         "encrypted": False,
-        "image": {"filename": path, "format": "raw", "virtual-size": os.path.getsize(path)},
+        "image": {"filename": drive.path, "format": "raw", "virtual-size": drive.size},
     }
 
 

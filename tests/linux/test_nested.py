@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.qmp_client import RawClient
 
 from pyvmm.errors import ExitStatus
 from pyvmm.nested import why_not
@@ -203,6 +204,28 @@ class TestFromTheHost:
             assert process.wait(60) == ExitStatus.NO_KVM
             message = process.stderr.read()
             assert b"pyvmm: error: the emulated machine broke down:\n" in message
+
+    def test_the_control_socket_of_a_machine_in_there_is_out_here(self, tmp_path: Path) -> None:
+        path = tmp_path / "qmp"
+        options = ["--image=tiny", "--accel=nested", "--serial=none", f"--qmp=unix:{path}"]
+        with subprocess.Popen([*PYVMM, "run", *options], stdin=subprocess.DEVNULL) as process:
+            try:
+                while not path.exists():
+                    assert process.poll() is None
+                    time.sleep(0.05)
+                with RawClient(path, timeout=120) as first, RawClient(path) as second:
+                    assert first.execute("query-status")["running"] is True
+                    second.execute("stop")
+                    first.event("STOP")
+                    first.execute("quit")
+                    for client in (first, second):
+                        assert client.event("SHUTDOWN")["data"]["reason"] == "host-qmp-quit"
+                        with pytest.raises(EOFError):
+                            client.receive()
+                assert process.wait(60) == 0
+            finally:
+                process.kill()
+        assert not path.exists()
 
     def test_nothing_is_left_when_it_is_killed(self) -> None:
         with running("sh", "-c", "echo ready; sleep 1000") as process:

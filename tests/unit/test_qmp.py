@@ -58,7 +58,7 @@ class FakeMachine:
             "agent": SimpleNamespace(address="unix:/a", guest_open=False),
         }
         self.cdroms: dict[str, Any] = {
-            "cd0": SimpleNamespace(path=None, tray_open=True, locked=False),
+            "cd0": SimpleNamespace(path=None, size=0, tray_open=True, locked=False),
         }
 
     def on_event(self, listener: Callable[[Event], None]) -> None:
@@ -496,7 +496,7 @@ class TestCommands:
         answer = client.refusal("block_resize", device="vda", size=512)
         assert answer == ("GenericError", "it cannot shrink")
 
-    def test_query_block(self, client: RawClient, machine: FakeMachine, tmp_path: Path) -> None:
+    def test_query_block(self, client: RawClient, machine: FakeMachine) -> None:
         disk, scsi, cdrom = client.execute("query-block")
         assert (disk["device"], disk["removable"]) == ("vda", False)
         assert (disk["inserted"]["iops"], disk["inserted"]["bps"]) == (500, 0)
@@ -510,10 +510,9 @@ class TestCommands:
         assert inserted["cache"] == {"writeback": False, "direct": True, "no-flush": False}
         assert (cdrom["device"], cdrom["removable"], cdrom["tray_open"]) == ("cd0", True, True)
         assert "inserted" not in cdrom
-        (tmp_path / "x.iso").write_bytes(bytes(4096))
-        machine.cdroms["cd0"].path = str(tmp_path / "x.iso")
+        machine.cdroms["cd0"].path, machine.cdroms["cd0"].size = "x.iso", 4096
         medium = client.execute("query-block")[2]["inserted"]
-        assert (medium["file"], medium["image"]["virtual-size"]) == (str(tmp_path / "x.iso"), 4096)
+        assert (medium["file"], medium["image"]["virtual-size"]) == ("x.iso", 4096)
 
     def test_query_chardev(self, client: RawClient) -> None:
         assert client.execute("query-chardev") == [

@@ -163,6 +163,11 @@ class ScsiCdrom:
         lib.scsi_cdrom_destroy(self._cdrom)
 
     @property
+    def size(self) -> int:
+        """Bytes of the medium; 0 for none."""
+        return 0 if self._image is None else self._image.size
+
+    @property
     def locked(self) -> bool:
         """Whether the guest prevents the removal of the medium."""
         return bool(self._cdrom.prevent)
