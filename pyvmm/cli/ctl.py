@@ -96,7 +96,7 @@ def _read(key: str, text: str, kind: type | None) -> Any:
             return Boolean().read({"true": "on", "false": "off"}.get(text, text), Source())
         if kind is int:
             return Size(least=0, most=1 << 62, multiple=1).read(text, Source())
-        if kind is None and text.startswith(("{", "[")):
+        if kind in (None, dict, list) and text.startswith(("{", "[")):
             try:
                 return json.loads(text)
             except ValueError as error:

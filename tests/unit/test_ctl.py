@@ -140,6 +140,11 @@ def _with_events(receive: Any, events: list[dict[str, Any]]) -> Any:
             ["driver=raw", 'file={"driver": "file", "filename": "/x"}'],
             {"driver": "raw", "file": {"driver": "file", "filename": "/x"}},
         ),
+        (
+            "chardev-add",
+            ["id=1", 'backend={"type": "file", "data": {"out": "/x"}}'],
+            {"id": "1", "backend": {"type": "file", "data": {"out": "/x"}}},
+        ),
         ("of-another-monitor", ["a=b=c", "n=[1]"], {"a": "b=c", "n": [1]}),
     ],
 )
