@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 from support.linux_guest import BOOT_TIMEOUT, LinuxGuest, image
 from support.monitor import Monitor
 
@@ -21,11 +20,11 @@ MIB = 1 << 20
 
 
 @contextmanager
-def debian(disk: Path, kernel: str, cpus: int) -> Iterator[LinuxGuest]:
+def debian(disk: Path, kernel: str, **settings: object) -> Iterator[LinuxGuest]:
     """A guest that is being booted from `disk`."""
     files = image("debian", kernel)
     with pyvmm.VM(
-        kernel=files.kernel, initrd=files.initrd, disks=[disk], cpus=cpus, serial="pipe"
+        kernel=files.kernel, initrd=files.initrd, disks=[disk], serial="pipe", **settings
     ) as vm:
         vm.start()
         yield LinuxGuest(vm)
@@ -49,15 +48,16 @@ def allocated(path: Path) -> int:
 
 
 def test_6_12_keeps_its_files_over_a_reboot_and_gives_space_back(image_disk: ImageDisk) -> None:
+    """And one can log in on both consoles."""
     disk = image_disk("debian")
-    with debian(disk, "6.12", cpus=2) as guest:
+    with debian(disk, "6.12", console="pipe") as guest:
         log_in(guest)
         assert guest.check("uname -r").startswith("6.12.")
-        assert guest.check("nproc") == "2"
+        assert guest.check("nproc") == "1"
         assert guest.check("findmnt -no SOURCE,FSTYPE /") == "/dev/vda ext4"
         assert guest.check("systemctl is-system-running --wait || true") == "running"
 
-        guest.check("head -c 67108864 /dev/urandom >/var/tmp/data; sync")
+        guest.check("head -c 16777216 /dev/urandom >/var/tmp/data; sync")
         before = guest.check("sha256sum /var/tmp/data")
         guest.console.send("systemctl reboot\n")
         log_in(guest)
@@ -65,46 +65,24 @@ def test_6_12_keeps_its_files_over_a_reboot_and_gives_space_back(image_disk: Ima
 
         full = allocated(disk)
         guest.check("rm /var/tmp/data; sync; fstrim /")
-        assert full - allocated(disk) > 60 * MIB
-        guest.console.send("systemctl poweroff\n")
+        assert full - allocated(disk) > 15 * MIB
+        hvc0 = GuestConsole(guest.vm.console)
+        for _ in range(2):  # one of either boot
+            hvc0.expect("debian login: ", timeout=BOOT_TIMEOUT)
+        hvc0.send("root\n")
+        hvc0.expect("root@debian:~# ", timeout=BOOT_TIMEOUT)
+        hvc0.send("systemctl poweroff\n")
         assert end(guest) == (ExitStatus.OK, None)
     subprocess.run(["e2fsck", "-f", "-n", disk], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("cpus", [1, 2])
-def test_6_1_sleeps_and_heeds_the_power_button(cpus: int, image_disk: ImageDisk) -> None:
-    with debian(image_disk("debian"), "6.1", cpus) as guest:
+def test_6_1_reaches_its_login_and_heeds_the_power_button(image_disk: ImageDisk) -> None:
+    with debian(image_disk("debian"), "6.1", cpus=2) as guest:
         log_in(guest)
         assert guest.check("uname -r").startswith("6.1.")
-        assert guest.check("nproc") == str(cpus)
+        assert guest.check("nproc") == "2"
         assert guest.check("findmnt -no SOURCE,FSTYPE /") == "/dev/vda ext4"
-        mark = guest.start("systemctl suspend && sleep 2")
-        guest.await_state("suspended")
         guest.vm.press_power_button()
-        assert guest.finish(mark).status == 0
-        assert guest.check("systemctl is-system-running --wait || true") == "running"
-        guest.vm.press_power_button()
-        assert end(guest) == (ExitStatus.OK, None)
-
-
-def test_6_12_with_one_cpu_logs_in_on_both_consoles(image_disk: ImageDisk) -> None:
-    files = image("debian")
-    with pyvmm.VM(
-        kernel=files.kernel,
-        initrd=files.initrd,
-        disks=[image_disk("debian")],
-        serial="pipe",
-        console="pipe",
-    ) as vm:
-        vm.start()
-        guest = LinuxGuest(vm)
-        log_in(guest)
-        assert guest.check("nproc") == "1"
-        hvc0 = GuestConsole(vm.console)
-        hvc0.expect("debian login: ", timeout=BOOT_TIMEOUT)
-        hvc0.send("root\n")
-        hvc0.expect("root@debian:~# ", timeout=BOOT_TIMEOUT)
-        hvc0.send("systemctl poweroff\n")
         assert end(guest) == (ExitStatus.OK, None)
 
 

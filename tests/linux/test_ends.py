@@ -121,8 +121,9 @@ class TestKeys:
         console.expect("now\r\n", timeout=120)
         pyvmm_run.resize((77, 22))
         console.expect("size=22 77\r\n", timeout=120)
-        console.send("sleep 1000\r")
-        console.expect("sleep 1000\r\n", timeout=120)
+        # Its word says that the terminal is its own by now, and not the first shell's.
+        console.send("sh -c 'echo $((40 + 2)); sleep 1000'\r")
+        console.expect("42\r\n", timeout=120)
         console.send(b"\x03")
         console.expect("# ", timeout=120)
         console.send("exit\r")
