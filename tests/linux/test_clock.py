@@ -216,8 +216,7 @@ def test_the_power_button_wakes_from_s3_and_asks_for_nothing(guest: ClockGuest) 
 def test_the_rtc_is_read_set_and_interrupts(guest: ClockGuest) -> None:
     epoch = int(guest.check(f"cat {RTC}/since_epoch"))
     assert abs(epoch - time.time()) < 2
-    interrupts = "sed -n 's/^ *8: *\\([0-9]*\\).*/\\1/p' /proc/interrupts"
-    # hwclock waits for the clock to tick, by update interrupts, and sets it.
+    interrupts = "grep '^ *8:' /proc/interrupts"
     guest.check("date -u -s '2031-02-03 04:05:06'; hwclock -w -u")
     shown = guest.check("hwclock -r -u")
     assert re.search(r"Feb +3 04:05:[0-3]\d 2031", shown), shown
