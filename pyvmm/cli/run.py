@@ -301,12 +301,20 @@ def _check_devices(config: VmConfig, reason: str) -> None:
 
 def _remarks_on_nested(config: VmConfig) -> list[str]:
     """What does not reach out of an emulated machine."""
-    if not any(net.hostfwd for net in config.nets):
-        return []
-    return [
-        "the ports of hostfwd are those of the emulated machine, which this host's programs do "
-        "not reach; 'pyvmm nested -- sh' is a shell in which 'pyvmm run' and they meet"
-    ]
+    remarks = []
+    kinds = {config.serial.kind, config.console.kind, *(port.kind for port in config.ports)}
+    if kinds & {"unix", "connect", "pty"}:
+        remarks.append(
+            "sockets and pseudo-terminals of consoles and ports are inside the emulated machine, "
+            "where this host's programs do not reach them; 'pyvmm nested -- sh' is a shell in "
+            "which 'pyvmm run' and such programs meet"
+        )
+    if any(net.hostfwd for net in config.nets):
+        remarks.append(
+            "the ports of hostfwd are those of the emulated machine, which this host's programs do "
+            "not reach; 'pyvmm nested -- sh' is a shell in which 'pyvmm run' and they meet"
+        )
+    return remarks
 
 
 def _why_not_kvm() -> str | None:

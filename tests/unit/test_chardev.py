@@ -305,6 +305,38 @@ def test_paths_that_cannot_be_a_socket(tmp_path: Path) -> None:
         open_chardev("unix", str(tmp_path / ("x" * 200)))
 
 
+# connect
+
+
+def test_a_connection_carries_both_directions(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen(1)
+        with opened("connect", path) as chardev:
+            assert chardev.description == f"socket {path}"
+            for _ in range(2):  # it is made again
+                client, _ = server.accept()
+                with client:
+                    client.sendall(b"typed")
+                    assert receive(chardev, 5) == b"typed"
+                    send(chardev, b"printed")
+                    assert client.recv(100) == b"printed"
+
+
+def test_what_cannot_be_connected_to(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        with pytest.raises(UsageError) as error:
+            open_chardev("connect", str(path))
+    assert str(error.value) == f"cannot connect to {path}: Protocol wrong type for socket"
+    with pytest.raises(UsageError) as error:
+        open_chardev("connect", "/" + "x" * 107)
+    assert str(error.value) == (
+        f"cannot connect to /{'x' * 107}: the path of a socket has at most 107 bytes; "
+        "choose a shorter one"
+    )
+
+
 # pty
 
 

@@ -466,9 +466,12 @@ class TestRun:
         self, files: Any, kvm: Any, nested: Any, capsys: pytest.CaptureFixture[str]
     ) -> None:
         kvm("no SYSCALL")
-        arguments = [f"--kernel={files.kernel}", "--net=user,hostfwd=tcp::0-:22"]
+        arguments = [f"--kernel={files.kernel}", "--port=a,unix=s", "--net=user,hostfwd=tcp::0-:22"]
         assert cli.main(["run", *arguments]) == 80
         assert capsys.readouterr().err.splitlines()[1:] == [
+            "pyvmm: sockets and pseudo-terminals of consoles and ports are inside the emulated "
+            "machine, where this host's programs do not reach them; 'pyvmm nested -- sh' is a "
+            "shell in which 'pyvmm run' and such programs meet",
             "pyvmm: the ports of hostfwd are those of the emulated machine, which this host's "
             "programs do not reach; 'pyvmm nested -- sh' is a shell in which 'pyvmm run' and they "
             "meet",
