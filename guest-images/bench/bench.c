@@ -13,6 +13,9 @@
  *     datagrams ADDRESS PORT MS      sends UDP datagrams of 64 bytes; those count that arrive
  *     inflate MIB MS     touches all free memory, and has the balloon's driver fill it with so much
  *     deflate MIB MS     has the driver let go what it has
+ *     port-up PATH MS                writes bytes to a virtio-serial port that a peer reads
+ *     port-down PATH MS              has a peer write bytes
+ *     port-echo PATH MS              sends a byte and awaits its echo, again and again
  *
  *                   Each prints "start", works for MS milliseconds (inflates that
  *                   long at most), and prints "done COUNT MICROSECONDS". COUNT is of requests, bytes,
@@ -21,6 +24,8 @@
  *
  *   peer ADDRESS  the other end on the host: prints "port PORT", and serves one connection after
  *                 the other until its stdin ends
+ *   port-peer SOCKET    the other end of a port on the host: prints "ready" when it is connected, and
+ *                       serves until its stdin ends
  *
  * What goes wrong is printed as "error: ...", and ends the program.
  */
@@ -46,6 +51,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -580,14 +586,163 @@ static void balloon(int inflate, const char *arguments)
     fail("balloon");
 }
 
+/* Ports of virtio-serial. Streams are of zeroes up to a LAST: closing a port ends nothing. */
+
+enum { LAST = 1, PORT_WRITE = 32 << 10 }; /* that much Linux takes of one write */
+
+static void write_all(int fd, const void *data, size_t size)
+{
+    for (const char *next = data; size;) {
+        ssize_t written = write(fd, next, size);
+
+        if (written <= 0)
+            fail("write to the port");
+        next += written;
+        size -= (size_t)written;
+    }
+}
+
+static void read_all(int fd, void *data, size_t size)
+{
+    for (char *next = data; size;) {
+        ssize_t got = read(fd, next, size);
+
+        if (got <= 0) {
+            errno = got < 0 ? errno : ECONNRESET;
+            fail("read from the port");
+        }
+        next += got;
+        size -= (size_t)got;
+    }
+}
+
+static void write_stream(int fd, uint32_t duration_ms)
+{
+    static const char last = LAST;
+
+    for (uint64_t end_us = now_us() + duration_ms * 1000ull; now_us() < end_us;)
+        write_all(fd, payload, PORT_WRITE);
+    write_all(fd, &last, 1);
+}
+
+static uint64_t read_stream(int fd)
+{
+    static char data[128 << 10];
+    uint64_t count = 0;
+    ssize_t got;
+
+    do {
+        got = read(fd, data, sizeof(data));
+        if (got <= 0) {
+            errno = got < 0 ? errno : ECONNRESET;
+            fail("read from the port");
+        }
+        count += (uint64_t)got;
+    } while (data[got - 1] != LAST);
+    return count;
+}
+
+static void port(uint32_t kind, const char *arguments)
+{
+    struct request request = {.kind = kind};
+    struct result result = {0};
+    unsigned duration_ms;
+    char path[64], byte = 0;
+    uint64_t start;
+    int fd = -1;
+
+    if (sscanf(arguments, "%63s %u", path, &duration_ms) != 2) {
+        errno = EINVAL;
+        fail("command");
+    }
+    request.duration_ms = duration_ms;
+    for (unsigned waited = 0; fd < 0; waited += 10) {
+        fd = open(path, O_RDWR | O_CLOEXEC);
+        if (fd < 0 && waited > DEVICE_WAIT_MS)
+            fail(path);
+        if (fd < 0)
+            usleep(10000);
+    }
+    printf("start\n");
+    start = now_us();
+    write_all(fd, &request, sizeof(request));
+    switch (kind) {
+    case STREAM_UP:
+        write_stream(fd, duration_ms);
+        read_all(fd, &result, sizeof(result));
+        break;
+    case STREAM_DOWN:
+        result.count = read_stream(fd);
+        break;
+    case ECHO:
+        for (uint64_t end_us = start + duration_ms * 1000ull; now_us() < end_us; result.count++) {
+            write_all(fd, &byte, 1);
+            read_all(fd, &byte, 1);
+        }
+        byte = LAST;
+        write_all(fd, &byte, 1);
+        break;
+    }
+    done(result.count, now_us() - start);
+    close(fd);
+}
+
+static void *end_with_stdin(void *unused)
+{
+    char byte;
+
+    while (read(0, &byte, 1) > 0)
+        ;
+    end(0);
+    return unused;
+}
+
+static void port_peer(const char *path)
+{
+    struct sockaddr_un to = {.sun_family = AF_UNIX};
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    pthread_t thread;
+
+    strncpy(to.sun_path, path, sizeof(to.sun_path) - 1);
+    if (fd < 0 || connect(fd, (struct sockaddr *)&to, sizeof(to)))
+        fail("connection to the port");
+    if (pthread_create(&thread, NULL, end_with_stdin, NULL))
+        fail("thread");
+    printf("ready\n");
+    for (;;) {
+        struct request request;
+        struct result result = {0};
+        char byte = 0;
+
+        read_all(fd, &request, sizeof(request));
+        switch (request.kind) {
+        case STREAM_UP:
+            result.count = read_stream(fd);
+            write_all(fd, &result, sizeof(result));
+            break;
+        case STREAM_DOWN:
+            write_stream(fd, request.duration_ms);
+            break;
+        case ECHO:
+            for (read_all(fd, &byte, 1); byte != LAST; read_all(fd, &byte, 1))
+                write_all(fd, &byte, 1);
+            break;
+        }
+    }
+}
+
 static const struct {
     const char *name;
     uint32_t kind;
-} networks[] = {
-    {"stream-up ", STREAM_UP},
-    {"stream-down ", STREAM_DOWN},
-    {"echo ", ECHO},
-    {"datagrams ", DATAGRAMS},
+    void (*run)(uint32_t kind, const char *arguments);
+} connections[] = {
+    {"stream-up ", STREAM_UP, network},
+    {"stream-down ", STREAM_DOWN, network},
+    {"echo ", ECHO, network},
+    {"datagrams ", DATAGRAMS, network},
+    {"port-up ", STREAM_UP, port},
+    {"port-down ", STREAM_DOWN, port},
+    {"port-echo ", ECHO, port},
 };
 
 static int obey(const char *line)
@@ -600,11 +755,11 @@ static int obey(const char *line)
         balloon(line[0] == 'i', line + 8);
         return 1;
     }
-    for (unsigned index = 0; index < sizeof(networks) / sizeof(networks[0]); index++) {
-        size_t length = strlen(networks[index].name);
+    for (unsigned index = 0; index < sizeof(connections) / sizeof(connections[0]); index++) {
+        size_t length = strlen(connections[index].name);
 
-        if (!strncmp(line, networks[index].name, length)) {
-            network(networks[index].kind, line + length);
+        if (!strncmp(line, connections[index].name, length)) {
+            connections[index].run(connections[index].kind, line + length);
             return 1;
         }
     }
@@ -633,6 +788,8 @@ int main(int argc, char **argv)
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (argc > 2 && !strcmp(argv[1], "peer"))
         peer(argv[2]);
+    if (argc > 2 && !strcmp(argv[1], "port-peer"))
+        port_peer(argv[2]);
     if (argc > 1 && !strcmp(argv[1], "serve"))
         serve();
     end(0);

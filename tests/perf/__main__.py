@@ -34,6 +34,7 @@ _BENCHMARKS = {
     "io": "requests of the guest to a disk on a tmpfs, and what they cost in CPU time",
     "net": "streams, round trips and datagrams between guest and host, and their CPU time",
     "balloon": "memory that the guest lends and gets back, and what that costs in CPU time",
+    "serial": "streams and round trips through a virtio-serial port to a Unix socket",
     "ring": "what a chain costs pyvmm's own code, without KVM: no QEMU beside it",
 }
 # Cases that only --full, or their own name, runs.

@@ -90,6 +90,9 @@ _STREAM_UP = Work("TCP to the host", "stream-up", "MB/s", 1e-6, 1 << 30)
 _STREAM_DOWN = Work("TCP to the guest", "stream-down", "MB/s", 1e-6, 1 << 30)
 _ECHO = Work("TCP round trip of a byte", "echo", "us", 1e6, 1e6, latency=True)
 _DATAGRAMS = Work("UDP to the host, 64 bytes", "datagrams", "/s", 1, 1e6)
+_PORT_UP = Work("stream to the host", "port-up", "MB/s", 1e-6, 1 << 30)
+_PORT_DOWN = Work("stream to the guest", "port-down", "MB/s", 1e-6, 1 << 30)
+_PORT_ECHO = Work("round trip of a byte", "port-echo", "us", 1e6, 1e6, latency=True)
 
 # Each with its target.
 _ONE_BY_ONE: Targets = {
@@ -103,6 +106,7 @@ _MANY: Targets = {
     _requests("sequential", "write", 128, 8): 1.0,
 }
 _ON_TAP: Targets = {_STREAM_UP: 1.1, _STREAM_DOWN: 1.1, _ECHO: 0.9, _DATAGRAMS: None}
+_ON_PORT: Targets = {_PORT_UP: 1.0, _PORT_DOWN: 1.0, _PORT_ECHO: 1.0}
 _ON_USER: Targets = {_STREAM_UP: 1.0, _STREAM_DOWN: 1.0, _ECHO: 1.0, _DATAGRAMS: 1.0}
 
 
@@ -149,6 +153,8 @@ def _rows() -> Iterator[Row]:
             yield from work.rows(name, target)
     for work, target in _BALLOON.items():
         yield from work.rows("balloon", target)
+    for work, target in _ON_PORT.items():
+        yield from work.rows("serial", target)
 
 
 ROWS = tuple(_rows())
@@ -263,6 +269,18 @@ class Bench:
             for work in case.work:
                 yield from _measure(process, name, work, f"{work.command} {host} {port}")
 
+    def serial(self, monitor: str) -> Iterator[tuple[str, float]]:
+        with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as directory:
+            guest = Guest(*self._guests.stock, _stock_append(""), port=Path(directory, "port"))
+            with self._serve(monitor, guest) as process:
+                command = [str(self._guests.program), "port-peer", str(guest.port)]
+                with MonitorProcess(command, self._environment) as peer:
+                    peer.expect("ready", _GUEST_SECONDS)
+                    for work in _ON_PORT:
+                        yield from _measure(
+                            process, "serial", work, f"{work.command} /dev/vport0p1"
+                        )
+
 
 def _stock_append(script: str) -> str:
     return f"quiet {run_parameter(f'{script}exec bench serve')}"
@@ -327,5 +345,6 @@ CASES: dict[str, Callable[[Bench, str], Iterator[tuple[str, float]]]] = {
     "balloon": Bench.balloon,
     **{name: functools.partial(Bench.disk, name=name) for name in DISK_CASES},
     **{name: functools.partial(Bench.network, name=name) for name in NET_CASES},
+    "serial": Bench.serial,
 }
 _COLD = ("start", "first-byte")

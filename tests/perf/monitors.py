@@ -44,6 +44,7 @@ class Guest(NamedTuple):
     disk: Disk | None = None
     net: Net | None = None
     balloon: Balloon | None = None
+    port: Path | None = None  # the socket of a virtio-serial port
     cpus: int = 1
     linux: bool = True
 
@@ -70,6 +71,8 @@ def pyvmm_command(program: Path, guest: Guest) -> list[str]:
         command += ["--net", f"tap={tap}{',vhost=on' if vhost else ''}" if tap else "user"]
     if guest.balloon:
         command += ["--balloon", f"{guest.balloon.mib}M"]
+    if guest.port:
+        command += ["--port", f"bench,unix={guest.port}"]
     return command
 
 
@@ -118,6 +121,10 @@ def qemu_command(guest: Guest) -> list[str]:
     if guest.balloon:
         command += ["-device", "virtio-balloon-device"]
         command += ["-qmp", f"unix:{guest.balloon.qmp},server=on,wait=off"]
+    if guest.port:
+        command += ["-chardev", f"socket,id=port,path={guest.port},server=on,wait=off"]
+        command += ["-device", "virtio-serial-device"]
+        command += ["-device", "virtserialport,chardev=port,name=bench"]
     return command
 
 
