@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -58,7 +59,8 @@ struct virtio_console {
     int news_fd;
     int wake_fd;
     int epoll_fd;
-    pthread_mutex_t lock; /* guards all below; the thread lets go of it to wait */
+    uint32_t waiting;     /* atomic: threads that wait for the lock, beside the device's own */
+    pthread_mutex_t lock; /* guards all below; the device's thread lets go of it between turns */
     bool stopping;
     bool broken;
     struct virtio_console_counters counters;
@@ -397,6 +399,8 @@ static int loop(struct virtio_console *console)
             return VIRTIO_CONSOLE_STOPPED;
         more |= console->listed > 0;
         pthread_mutex_unlock(&console->lock);
+        while (__atomic_load_n(&console->waiting, __ATOMIC_RELAXED) > 0)
+            sched_yield(); /* else a thread with much to do would have the lock again first */
         count = epoll_wait(console->epoll_fd, events, EVENTS_PER_WAIT, more ? 0 : -1);
         pthread_mutex_lock(&console->lock);
         if (count < 0 && errno != EINTR)
@@ -417,11 +421,24 @@ int virtio_console_run(struct virtio_console *console)
     return result;
 }
 
+/* Takes the lock on another thread than the device's. */
+static void enter(struct virtio_console *console)
+{
+    __atomic_fetch_add(&console->waiting, 1, __ATOMIC_RELAXED);
+    pthread_mutex_lock(&console->lock);
+    __atomic_fetch_sub(&console->waiting, 1, __ATOMIC_RELAXED);
+}
+
+static void leave(struct virtio_console *console)
+{
+    pthread_mutex_unlock(&console->lock);
+}
+
 void virtio_console_stop(struct virtio_console *console)
 {
-    pthread_mutex_lock(&console->lock);
+    enter(console);
     console->stopping = true;
-    pthread_mutex_unlock(&console->lock);
+    leave(console);
     eventfd_signal(console->wake_fd);
 }
 
@@ -440,7 +457,7 @@ int virtio_console_connect(struct virtio_console *console, uint32_t number, int 
     struct stat status;
     int result = 0;
 
-    pthread_mutex_lock(&console->lock);
+    enter(console);
     port->in_fd = in_fd;
     port->out_fd = out_fd;
     port->is_socket =
@@ -455,7 +472,7 @@ int virtio_console_connect(struct virtio_console *console, uint32_t number, int 
     if (result)
         port->in_fd = port->out_fd = -1;
     wake(console, port);
-    pthread_mutex_unlock(&console->lock);
+    leave(console);
     return result;
 }
 
@@ -463,7 +480,7 @@ void virtio_console_disconnect(struct virtio_console *console, uint32_t number)
 {
     struct port *port = &console->ports[number];
 
-    pthread_mutex_lock(&console->lock);
+    enter(console);
     if (port->blocked)
         await_room(console, port, false);
     if (port->in_fd >= 0)
@@ -473,40 +490,40 @@ void virtio_console_disconnect(struct virtio_console *console, uint32_t number)
     port->in_fd = port->out_fd = -1;
     port->hung_up = port->lost = false;
     wake(console, port);
-    pthread_mutex_unlock(&console->lock);
+    leave(console);
 }
 
 void virtio_console_set_open(struct virtio_console *console, uint32_t number, bool open)
 {
     struct port *port = &console->ports[number];
 
-    pthread_mutex_lock(&console->lock);
+    enter(console);
     port->open = open;
     check_lost(console, port);
     wake(console, port);
-    pthread_mutex_unlock(&console->lock);
+    leave(console);
 }
 
 void virtio_console_set_watch(struct virtio_console *console, uint32_t number,
                               struct console_watch *watch)
 {
-    pthread_mutex_lock(&console->lock);
+    enter(console);
     console->ports[number].watch = watch;
-    pthread_mutex_unlock(&console->lock);
+    leave(console);
 }
 
 int virtio_console_take_lost(struct virtio_console *console)
 {
     int number = -1;
 
-    pthread_mutex_lock(&console->lock);
+    enter(console);
     for (uint32_t i = 0; i < console->port_count && number < 0; i++) {
         if (console->ports[i].lost) {
             number = (int)i;
             console->ports[i].lost = false;
         }
     }
-    pthread_mutex_unlock(&console->lock);
+    leave(console);
     return number;
 }
 
@@ -514,12 +531,12 @@ struct virtio_console_counters virtio_console_counters(struct virtio_console *co
 {
     struct virtio_console_counters counters;
 
-    pthread_mutex_lock(&console->lock);
+    enter(console);
     counters = console->counters;
     for (uint32_t i = 0; i < console->port_count; i++)
         counters.malformed += console->ports[i].rx.side.vq.malformed +
                               console->ports[i].tx.side.vq.malformed;
-    pthread_mutex_unlock(&console->lock);
+    leave(console);
     return counters;
 }
 
