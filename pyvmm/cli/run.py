@@ -34,6 +34,8 @@ examples:
       a partition of a disk, which stays as it is
   pyvmm run --kernel vmlinux --memory 1G --cpus 4 --console stdio --timeout 60 --no-reboot
       for a CI job: four CPUs, output through virtio, at most a minute
+  pyvmm run --image debian --memory 4G --balloon reporting=on
+      memory that the guest frees goes back to the host
   pyvmm run --image debian --net tap=tap0,queues=2 --cpus 2
       a network interface on the host's tap0, which 'ip tuntap add dev tap0 mode tap user $USER
       multi_queue' makes
