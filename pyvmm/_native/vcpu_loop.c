@@ -199,6 +199,16 @@ static void run_with_signal(struct vcpu *vcpu)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
+/* Whether there is an event that KVM took from the interrupt controller for the next entry: from there
+ * it does not end a halt any more. */
+static bool has_event(struct vcpu *vcpu)
+{
+    struct kvm_vcpu_events events;
+
+    return ioctl(vcpu->fd, KVM_GET_VCPU_EVENTS, &events) < 0 || events.interrupt.injected ||
+           events.nmi.injected || events.nmi.pending || events.exception.injected;
+}
+
 void vcpu_settle(struct vcpu *vcpu)
 {
     struct kvm_mp_state runnable = {.mp_state = KVM_MP_STATE_RUNNABLE};
@@ -213,7 +223,7 @@ void vcpu_settle(struct vcpu *vcpu)
     if (halted && ioctl(vcpu->fd, KVM_SET_MP_STATE, &runnable) < 0)
         return;
     run_with_signal(vcpu);
-    if (halted)
+    if (halted && !has_event(vcpu))
         ioctl(vcpu->fd, KVM_SET_MP_STATE, &before);
 }
 
