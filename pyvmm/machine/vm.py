@@ -565,7 +565,10 @@ class VM:
             outcome = self._follow_events()
         except BaseException as error:  # a failed reboot, or a defect
             outcome = Outcome(getattr(error, "exit_status", ExitStatus.INTERNAL), error)
-        self._power_off()
+        try:
+            self._power_off()
+        except BaseException as error:  # a defect; who waits for the end must hear of it
+            outcome = Outcome(ExitStatus.INTERNAL, error)
         self.outcome = outcome
         guest = outcome.reason.startswith("guest-")
         self._listeners.tell("SHUTDOWN", guest=guest, reason=outcome.reason)

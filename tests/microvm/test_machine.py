@@ -66,6 +66,16 @@ def test_a_console_ends_with_its_guest(boot: Boot) -> None:
     assert vm.wait(timeout=10).status == ExitStatus.OK
 
 
+def test_the_end_is_told_even_where_something_holds_on_to_the_machine(boot: Boot) -> None:
+    vm, console = boot()
+    assert vm._board is not None
+    with vm._board.memory.view(0, 1):  # so that it cannot be unmapped
+        console.send(b"p")
+        outcome = vm.wait(timeout=10)
+    assert outcome.status == ExitStatus.INTERNAL
+    assert isinstance(outcome.error, BufferError)
+
+
 def test_reset_boots_again_from_the_start(boot: Boot) -> None:
     vm, console = boot()
     for _ in range(5):
