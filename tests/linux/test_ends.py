@@ -116,16 +116,20 @@ class TestKeys:
         console = pyvmm_run.console
         console.expect("# ", timeout=BOOT_TIMEOUT)
         console.send("echo size=$(stty size)\r")
-        console.expect("size=33 101\r\n", timeout=120)
-        console.send("trap 'echo size=$(stty size)' WINCH; echo now; sleep 1000 & wait\r")
-        console.expect("now\r\n", timeout=120)
+        console.expect("size=33 101\r\n", timeout=60)
+        # What it waits for is not in the line that it echoes.
+        console.send(
+            "trap 'told=1' WINCH; echo sum $((40 + 2));"
+            " while [ -z $told ]; do sleep 1; done; echo size=$(stty size)\r"
+        )
+        console.expect("sum 42\r\n", timeout=60)
         pyvmm_run.resize((77, 22))
-        console.expect("size=22 77\r\n", timeout=120)
+        console.expect("size=22 77\r\n", timeout=60)
         # Its word says that the terminal is its own by now, and not the first shell's.
-        console.send("sh -c 'echo $((40 + 2)); sleep 1000'\r")
-        console.expect("42\r\n", timeout=120)
+        console.send("sh -c 'echo sum $((50 + 2)); sleep 1000'\r")
+        console.expect("sum 52\r\n", timeout=60)
         console.send(b"\x03")
-        console.expect("# ", timeout=120)
+        console.expect("# ", timeout=60)
         console.send("exit\r")
         assert pyvmm_run.wait() == (0, "")
 

@@ -82,7 +82,7 @@ def run(shard: Shard, *, hang_seconds: float = HANG_SECONDS) -> int:
         while (ended := process.poll()) is None:
             time.sleep(_POLL_SECONDS)
             if watched.seconds_without_news() > hang_seconds:
-                print(f"[{shard.number}] hangs for {hang_seconds:.0f} s", flush=True)
+                _say(shard, f"hangs for {hang_seconds:.0f} s")
                 process.kill()
                 process.wait()
                 ended = BROKE_DOWN
@@ -91,8 +91,13 @@ def run(shard: Shard, *, hang_seconds: float = HANG_SECONDS) -> int:
         status = ended
         if status != BROKE_DOWN:
             break
-        print(f"[{shard.number}] emulated machine number {machine} broke down", flush=True)
+        _say(shard, f"emulated machine number {machine} broke down")
     return status
+
+
+def _say(shard: Shard, text: str) -> None:
+    sys.stdout.write(f"[{shard.number}] {text}\n")  # at once, so that no two lines mix
+    sys.stdout.flush()
 
 
 class _Watched:
@@ -109,9 +114,7 @@ class _Watched:
         for line in lines:
             what, _, test = line.partition(" ")
             if what != "started":
-                print(
-                    f"[{self._shard.number}] {what} {test} ({now - self._last:.0f} s)", flush=True
-                )
+                _say(self._shard, f"{what} {test} ({now - self._last:.0f} s)")
             self._last = now
         return now - self._last
 
