@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from pyvmm.guest.console import GuestConsole
+from pyvmm.machine.vm import VM
+
+Boot = Callable[..., tuple[VM, GuestConsole]]
 
 SOURCES = Path(__file__).parents[2] / "guest-images" / "micro"
 
@@ -42,3 +48,21 @@ def monitor_guest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sleeper_guest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The guest that sleeps and keeps time."""
     return assemble("sleeper", tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture
+def boot_micro() -> Iterator[Boot]:
+    """Boots a guest that talks on its serial port, waits for its prompt, and ends it."""
+    vms: list[VM] = []
+
+    def boot_micro(kernel: Path, **settings: object) -> tuple[VM, GuestConsole]:
+        vm = VM(**{"kernel": kernel, "memory": "32M", "serial": "pipe", **settings})
+        vms.append(vm)
+        vm.start()
+        console = GuestConsole(vm.serial)
+        console.expect("> ", timeout=10)
+        return vm, console
+
+    yield boot_micro
+    for vm in vms:
+        vm.close()

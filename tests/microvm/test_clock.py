@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pyvmm.config import ChardevConfig, VmConfig
 from pyvmm.errors import ExitStatus
 from pyvmm.guest.console import GuestConsole
 from pyvmm.kvm import _generated_uapi as uapi
@@ -24,28 +24,9 @@ Boot = Callable[..., tuple[VM, GuestConsole]]
 
 
 @pytest.fixture
-def boot(sleeper_guest: Path) -> Iterator[Boot]:
-    """Boots the guest that sleeps and waits for its prompt."""
-    vms: list[VM] = []
-
-    def boot(**settings: object) -> tuple[VM, GuestConsole]:
-        vm = VM(
-            VmConfig(
-                kernel=str(sleeper_guest),
-                memory=32 << 20,
-                serial=ChardevConfig(kind="pipe"),
-                **settings,
-            )
-        )
-        vms.append(vm)
-        vm.start()
-        console = GuestConsole(vm.serial)
-        console.expect(b"> ", timeout=10)
-        return vm, console
-
-    yield boot
-    for vm in vms:
-        vm.close()
+def boot(boot_micro: Boot, sleeper_guest: Path) -> Boot:
+    """The guest that sleeps."""
+    return partial(boot_micro, sleeper_guest)
 
 
 def await_state(vm: VM, state: str) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from support.mmio_driver import wait_until
 
-from pyvmm.config import ChardevConfig, VmConfig
 from pyvmm.errors import ExitStatus, GuestCrash, GuestPanic, GuestTimeout
 from pyvmm.guest.console import ExpectTimeout, GuestConsole
 from pyvmm.machine.vm import VM
@@ -19,28 +19,9 @@ Boot = Callable[..., tuple[VM, GuestConsole]]
 
 
 @pytest.fixture
-def boot(monitor_guest: Path, tmp_path: Path) -> Iterator[Boot]:
-    """Boots the monitor guest and waits for its prompt."""
-    vms: list[VM] = []
-
-    def boot(**settings: object) -> tuple[VM, GuestConsole]:
-        vm = VM(
-            VmConfig(
-                kernel=str(monitor_guest),
-                memory=32 << 20,
-                serial=ChardevConfig(kind="pipe"),
-                **settings,
-            )
-        )
-        vms.append(vm)
-        vm.start()
-        console = GuestConsole(vm.serial)
-        console.expect(PROMPT, timeout=10)
-        return vm, console
-
-    yield boot
-    for vm in vms:
-        vm.close()
+def boot(boot_micro: Boot, monitor_guest: Path) -> Boot:
+    """The guest that obeys its serial port."""
+    return partial(boot_micro, monitor_guest)
 
 
 def test_serial_carries_bytes_both_ways(boot: Boot) -> None:

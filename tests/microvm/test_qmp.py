@@ -10,7 +10,8 @@ import select
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,9 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def boot(monitor_guest: Path, path: Path) -> Iterator[Boot]:
-    """Boots the monitor guest with a control socket at `path`, and waits for its prompt."""
-    vms: list[VM] = []
-
-    def boot(**settings: Any) -> tuple[VM, GuestConsole]:
-        settings = {"memory": "32M", "serial": "pipe", "qmp": f"unix:{path}", **settings}
-        vm = VM(kernel=monitor_guest, **settings)
-        vms.append(vm)
-        vm.start()
-        console = GuestConsole(vm.serial)
-        console.expect(PROMPT, timeout=10)
-        return vm, console
-
-    yield boot
-    for vm in vms:
-        vm.close()
+def boot(boot_micro: Boot, monitor_guest: Path, path: Path) -> Boot:
+    """The guest that obeys its serial port, with a control socket at `path`."""
+    return partial(boot_micro, monitor_guest, qmp=f"unix:{path}")
 
 
 @pytest.fixture
