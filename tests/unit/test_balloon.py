@@ -576,8 +576,9 @@ def test_who_waits_and_who_listens_hears_of_the_size(machine: Callable[..., Mach
         m.lend(size * MIB)
     assert m.balloon.wait(10)
     wait_until(lambda: m.events and m.events[-1] == ("BALLOON_CHANGE", {"actual": 256 * MIB}))
-    # Not one for each MiB.
-    assert len(m.events) <= 2 + (time.monotonic() - start) / machine_balloon.EVENT_INTERVAL
+    # Not one for each MiB. A busy host may take the driver for one that has stalled.
+    changes = [name for name, _ in m.events if name == "BALLOON_CHANGE"]
+    assert len(changes) <= 2 + (time.monotonic() - start) / machine_balloon.EVENT_INTERVAL
     m.driver.reset()
     wait_until(lambda: m.events[-1] == ("BALLOON_CHANGE", {"actual": MEMORY}))
 
