@@ -233,7 +233,7 @@ def test_frames_of_a_device_pass_both_ways(name: str) -> None:
         driver.request(1, (header, frame[:60]))
         driver.request(1, (bytes(12), frame[:77]))
         assert len(raw.recv(2000)) in (60, 77)
-        assert device.counters["tx_frames"] + device.counters["tx_dropped"] == 4
+        wait_until(lambda: device.counters["tx_frames"] + device.counters["tx_dropped"] == 4)
         subprocess.run(["ip", "link", "set", name, "down"], check=True)
         driver.request(1, (bytes(12), frame[:77]))
         wait_until(lambda: device.counters["tx_dropped"] > 0)
