@@ -72,27 +72,28 @@ def shards(
 
 def run(shard: Shard, *, hang_seconds: float = HANG_SECONDS) -> int:
     """Runs the shard to its end, in at most TRIES machines; the exit status of the last one."""
-    status = BROKE_DOWN
     for machine in range(1, TRIES + 1):
-        with shard.log.open("ab") as log:
-            process = subprocess.Popen(
-                shard.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
-        watched = _Watched(shard)
-        while (ended := process.poll()) is None:
-            time.sleep(_POLL_SECONDS)
-            if watched.seconds_without_news() > hang_seconds:
-                _say(shard, f"hangs for {hang_seconds:.0f} s")
-                process.kill()
-                process.wait()
-                ended = BROKE_DOWN
-                break
-        watched.seconds_without_news()
-        status = ended
+        status = _run_machine(shard, hang_seconds)
         if status != BROKE_DOWN:
-            break
+            return status
         _say(shard, f"emulated machine number {machine} broke down")
-    return status
+    return BROKE_DOWN
+
+
+def _run_machine(shard: Shard, hang_seconds: float) -> int:
+    """The exit status; one in which nothing ends for so long has broken down."""
+    with shard.log.open("ab") as log:
+        process = subprocess.Popen(shard.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    watched = _Watched(shard)
+    while process.poll() is None:
+        time.sleep(_POLL_SECONDS)
+        if watched.seconds_without_news() > hang_seconds:
+            _say(shard, f"hangs for {hang_seconds:.0f} s")
+            process.kill()
+            process.wait()
+            return BROKE_DOWN
+    watched.seconds_without_news()
+    return process.returncode
 
 
 def _say(shard: Shard, text: str) -> None:
