@@ -65,19 +65,41 @@ static inline const struct vring_used_elem *net_ring_collect(struct net_ring *ri
     return &ring->used->ring[ring->used_idx++ % NET_QUEUE_SIZE];
 }
 
+/* Where the parts of a ring are in its NET_RING_BYTES. */
+#define NET_AVAIL (16ull * NET_QUEUE_SIZE)
+#define NET_USED (NET_AVAIL + 8 + 2 * NET_QUEUE_SIZE)
+#define NET_BUFFERS ((NET_USED + 6 + 8 * NET_QUEUE_SIZE + 15) & ~15ull)
+#define NET_RING_BYTES (NET_BUFFERS + (uint64_t)NET_QUEUE_SIZE * NET_BUFFER)
+
+static inline struct virtq_config net_ring_config(uint64_t base)
+{
+    return (struct virtq_config){base,           base + NET_AVAIL, base + NET_USED,
+                                 NET_QUEUE_SIZE, true,             false};
+}
+
+/* The ring at `base` of guest memory, which begins at `ram` and is zero; a descriptor a buffer. */
+static inline void net_ring_create(struct net_ring *ring, uint8_t *ram, uint64_t base,
+                                   bool writable)
+{
+    ring->desc = (struct vring_desc *)(ram + base);
+    ring->avail = (struct vring_avail *)(ram + base + NET_AVAIL);
+    ring->used = (struct vring_used *)(ram + base + NET_USED);
+    ring->buffers = ram + base + NET_BUFFERS;
+    ring->kick = eventfd(0, EFD_NONBLOCK);
+    for (unsigned n = 0; n < NET_QUEUE_SIZE; n++)
+        ring->desc[n] = (struct vring_desc){base + NET_BUFFERS + n * NET_BUFFER, NET_BUFFER,
+                                            writable ? VRING_DESC_F_WRITE : 0, 0};
+}
+
 /* On `fd`, whose frames follow a header if `vnet_hdr`. */
 static inline void net_driver_create(struct net_driver *driver, int fd,
                                      enum net_framing framing, bool vnet_hdr)
 {
-    uint64_t avail = 16ull * NET_QUEUE_SIZE;
-    uint64_t used = avail + 8 + 2 * NET_QUEUE_SIZE;
-    uint64_t buffers = (used + 6 + 8 * NET_QUEUE_SIZE + 15) & ~15ull;
-    uint64_t size = buffers + (uint64_t)NET_QUEUE_SIZE * NET_BUFFER;
-    uint8_t *ram = calloc(2, size);
+    uint8_t *ram = calloc(2, NET_RING_BYTES);
 
     CHECK(ram);
     *driver = (struct net_driver){
-        .mem = {1, {{0, 2 * size, ram}}},
+        .mem = {1, {{0, 2 * NET_RING_BYTES, ram}}},
         .device = {.framing = framing, .vnet_hdr = vnet_hdr, .mergeable = true, .link_up = true,
                    .pcap_fd = -1},
         .irq = {.irqfd = -1},
@@ -85,19 +107,8 @@ static inline void net_driver_create(struct net_driver *driver, int fd,
     driver->irq.status = &driver->irq_status;
     net_filter_init(&driver->device.filter, (const uint8_t[6]){0}, false);
     for (unsigned i = 0; i < 2; i++) {
-        uint64_t base = i * size;
-        struct net_ring *ring = &driver->ring[i];
-
-        driver->config[i] = (struct virtq_config){base, base + avail, base + used,
-                                                  NET_QUEUE_SIZE, true, false};
-        ring->desc = (struct vring_desc *)(ram + base);
-        ring->avail = (struct vring_avail *)(ram + base + avail);
-        ring->used = (struct vring_used *)(ram + base + used);
-        ring->buffers = ram + base + buffers;
-        ring->kick = eventfd(0, EFD_NONBLOCK);
-        for (unsigned n = 0; n < NET_QUEUE_SIZE; n++)
-            ring->desc[n] = (struct vring_desc){base + buffers + n * NET_BUFFER, NET_BUFFER,
-                                                i == 0 ? VRING_DESC_F_WRITE : 0, 0};
+        driver->config[i] = net_ring_config(i * NET_RING_BYTES);
+        net_ring_create(&driver->ring[i], ram, i * NET_RING_BYTES, i == 0);
     }
     driver->pair = virtio_net_pair_create(&driver->device, fd, NULL, &driver->mem,
                                           &driver->config[0], driver->ring[0].kick,

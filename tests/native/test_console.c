@@ -28,43 +28,25 @@ struct console_driver {
 
 static void create(struct console_driver *driver)
 {
-    uint64_t avail = 16ull * NET_QUEUE_SIZE;
-    uint64_t used = avail + 8 + 2 * NET_QUEUE_SIZE;
-    uint64_t buffers = (used + 6 + 8 * NET_QUEUE_SIZE + 15) & ~15ull;
-    uint64_t size = buffers + (uint64_t)NET_QUEUE_SIZE * NET_BUFFER;
-    uint8_t *ram = calloc(2 * PORTS, size);
+    uint8_t *ram = calloc(2 * PORTS, NET_RING_BYTES);
 
     CHECK(ram);
     *driver = (struct console_driver){
-        .mem = {1, {{0, 2 * PORTS * size, ram}}},
+        .mem = {1, {{0, 2 * PORTS * NET_RING_BYTES, ram}}},
         .irq = {.irqfd = -1},
         .news = eventfd(0, EFD_NONBLOCK),
     };
     driver->irq.status = &driver->irq_status;
     driver->console = virtio_console_create(PORTS, &driver->mem, &driver->irq, driver->news);
     CHECK(driver->console);
-    for (unsigned i = 0; i < 2 * PORTS; i++) {
-        uint64_t base = i * size;
-        struct net_ring *ring = &driver->ring[i];
-
-        ring->desc = (struct vring_desc *)(ram + base);
-        ring->avail = (struct vring_avail *)(ram + base + avail);
-        ring->used = (struct vring_used *)(ram + base + used);
-        ring->buffers = ram + base + buffers;
-        ring->kick = eventfd(0, EFD_NONBLOCK);
-        for (unsigned n = 0; n < NET_QUEUE_SIZE; n++)
-            ring->desc[n] = (struct vring_desc){base + buffers + n * NET_BUFFER, NET_BUFFER,
-                                                i % 2 ? 0 : VRING_DESC_F_WRITE, 0};
-    }
+    for (unsigned i = 0; i < 2 * PORTS; i++)
+        net_ring_create(&driver->ring[i], ram, i * NET_RING_BYTES, i % 2 == 0);
     for (unsigned port = 0; port < PORTS; port++) {
         struct net_ring *rx = &driver->ring[2 * port], *tx = rx + 1;
-        uint64_t base = 2 * port * size;
-        struct virtq_config configs[2];
+        struct virtq_config receive = net_ring_config(2 * port * NET_RING_BYTES);
+        struct virtq_config transmit = net_ring_config((2 * port + 1) * NET_RING_BYTES);
 
-        for (unsigned i = 0; i < 2; i++)
-            configs[i] = (struct virtq_config){base + i * size, base + i * size + avail,
-                                               base + i * size + used, NET_QUEUE_SIZE, true, false};
-        CHECK(virtio_console_set_queues(driver->console, port, &configs[0], rx->kick, &configs[1],
+        CHECK(virtio_console_set_queues(driver->console, port, &receive, rx->kick, &transmit,
                                         tx->kick) == 0);
     }
 }
